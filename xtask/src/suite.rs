@@ -1,0 +1,79 @@
+//! `cargo xtask test` and `cargo xtask check`.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::TestArgs;
+use crate::cargo::{Cargo, Env};
+use crate::etcd;
+
+/// How many tests run at once unless the caller says otherwise.
+const THREADS: &str = "4";
+
+/// Tells the suite to run its long version.
+const FULL: &str = "ETCD_RECIPES_FULL";
+
+/// Runs all tests and sums up what ran; `Ok(false)` when a part failed.
+pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
+    let etcds = etcd::all(root)?;
+    let cargo = Cargo::new(root)?;
+    // The suite runs the examples as programs.
+    cargo.must(&["build", "--workspace", "--examples"], &[])?;
+
+    let full = args.full || std::env::var_os(FULL).is_some();
+    let extent = if full { "full" } else { "not full" };
+    let mut results = Vec::new();
+    for (what, part) in [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])] {
+        announce(what);
+        let mut command = vec!["test", "--workspace"];
+        command.extend(part);
+        let success = cargo.run(&with_libtest(command, args), &[threads()])?;
+        results.push((what.to_owned(), success));
+    }
+    for etcd in &etcds {
+        let what = format!("suite ({extent}) on {etcd}");
+        announce(&what);
+        let mut env = vec![threads(), ("ETCD_RECIPES_ETCD", etcd.dir.clone().into())];
+        if full {
+            env.push((FULL, "1".into()));
+        }
+        let success = cargo.run(&with_libtest(vec!["test", "--test", "suite"], args), &env)?;
+        results.push((what, success));
+    }
+
+    println!("\nxtask: what ran");
+    for (what, success) in &results {
+        println!("  {:6}  {what}", if *success { "ok" } else { "FAILED" });
+    }
+    Ok(results.iter().all(|(_, success)| *success))
+}
+
+/// Checks formatting, lints and documentation, then runs all tests.
+pub(crate) fn check(root: &Path, args: &TestArgs) -> Result<bool> {
+    let cargo = Cargo::new(root)?;
+    cargo.must(&["fmt", "--all", "--check"], &[])?;
+    cargo.must(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    cargo.must(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-Dwarnings".into())])?;
+    test(root, args)
+}
+
+fn announce(what: &str) {
+    println!("\nxtask: {what}");
+}
+
+/// Adds what the caller has for libtest.
+fn with_libtest<'a>(mut command: Vec<&'a str>, args: &'a TestArgs) -> Vec<&'a str> {
+    if !args.libtest.is_empty() {
+        command.push("--");
+        command.extend(args.libtest.iter().map(String::as_str));
+    }
+    command
+}
+
+/// A limit that an argument to libtest still overrides.
+fn threads() -> Env<'static> {
+    let set = std::env::var_os("RUST_TEST_THREADS");
+    ("RUST_TEST_THREADS", set.unwrap_or_else(|| OsString::from(THREADS)))
+}
