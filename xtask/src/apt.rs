@@ -16,7 +16,7 @@ const ADVICE: &str = "install etcd and etcdctl (3.4 or later) on the PATH, \
 
 /// Unpacks the etcd and etcdctl of a release line into `home/VERSION`.
 pub(crate) fn unpack(home: &Path, line: &Line) -> Result<()> {
-    let sources = machine_sources().with_context(|| format!("apt cannot be asked for an etcd; {ADVICE}"))?;
+    let sources = machine_sources().map_err(|error| anyhow!("no etcd here, and {error:#}; {ADVICE}"))?;
     let mut failures = Vec::new();
     for suite in line.suites {
         for source in &sources {
@@ -136,8 +136,9 @@ fn run(command: &mut Command) -> Result<String> {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
-    let last = complaint.lines().rfind(|line| line.starts_with("E:")).or(complaint.lines().last());
-    Err(anyhow!("{name} failed: {}", last.unwrap_or("no reason given").trim()))
+    // The first line has the cause, later ones its consequences.
+    let cause = complaint.lines().find(|line| !line.trim().is_empty());
+    Err(anyhow!("{name} failed: {}", cause.unwrap_or("no reason given").trim()))
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
     let mut results = Vec::new();
     for (what, part) in [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])] {
         announce(what);
-        let mut command = vec!["test", "--workspace"];
+        let mut command = vec!["test", "--workspace", "--no-fail-fast"];
         command.extend(part);
         let success = cargo.run(&with_libtest(command, args), &[threads()])?;
         results.push((what.to_owned(), success));
