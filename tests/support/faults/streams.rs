@@ -1,0 +1,104 @@
+//! The messages inside streams: counted, and thrown away when a test says so.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use futures::{Stream, StreamExt as _};
+use http::Response;
+use tokio_util::bytes::Bytes;
+use tonic::body::Body;
+use tonic::{Status, Streaming};
+
+use super::{Shared, wire};
+
+/// The name of a method if its requests are streams, so that their end must not be waited for.
+pub(super) fn name(path: &str) -> Option<&'static str> {
+    let method = path.rsplit('/').next()?;
+    ["Watch", "LeaseKeepAlive"].into_iter().find(|name| *name == method)
+}
+
+/// One direction of the streams of one method.
+#[derive(Debug, Default, Clone, Copy)]
+struct Flow {
+    seen: usize,
+    swallow: usize,
+}
+
+impl Flow {
+    /// Counts a message. Whether it goes on.
+    fn pass(&mut self) -> bool {
+        self.seen += 1;
+        let swallowed = self.swallow > 0;
+        self.swallow = self.swallow.saturating_sub(1);
+        !swallowed
+    }
+}
+
+type Flows = Mutex<HashMap<String, Flow>>;
+
+/// The state of all streams of one channel.
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    requests: Flows,
+    answers: Flows,
+}
+
+impl Streams {
+    pub(super) fn swallow_requests(&self, method: &str, count: usize) {
+        with(&self.requests, method, |flow| flow.swallow = count);
+    }
+
+    pub(super) fn swallow_answers(&self, method: &str, count: usize) {
+        with(&self.answers, method, |flow| flow.swallow = count);
+    }
+
+    pub(super) fn sent(&self, method: &str) -> usize {
+        with(&self.requests, method, |flow| flow.seen)
+    }
+
+    pub(super) fn received(&self, method: &str) -> usize {
+        with(&self.answers, method, |flow| flow.seen)
+    }
+
+    pub(super) fn clear(&self) {
+        for flows in [&self.requests, &self.answers] {
+            flows.lock().unwrap().values_mut().for_each(|flow| flow.swallow = 0);
+        }
+    }
+}
+
+fn with<T>(flows: &Flows, method: &str, change: impl FnOnce(&mut Flow) -> T) -> T {
+    change(flows.lock().unwrap().entry(method.to_owned()).or_default())
+}
+
+impl Shared {
+    /// The messages of a request stream, the `first` of which was already read.
+    pub(super) fn requests(
+        self: Arc<Self>,
+        method: &'static str,
+        first: Option<Bytes>,
+        rest: Streaming<Bytes>,
+    ) -> impl Stream<Item = Result<Bytes, Status>> + Send + 'static {
+        let all = futures::stream::iter(first.map(Ok)).chain(rest);
+        all.filter(move |message| {
+            let pass = message.is_err() || with(&self.streams.requests, method, Flow::pass);
+            std::future::ready(pass)
+        })
+    }
+
+    /// An answer whose messages are counted and may be swallowed.
+    pub(super) fn answers(self: Arc<Self>, method: &'static str, answer: Response<Body>) -> Response<Body> {
+        if wire::status_in_head(&answer).is_some() {
+            return answer;
+        }
+        let mut head = Response::new(());
+        *head.status_mut() = answer.status();
+        *head.version_mut() = answer.version();
+        *head.headers_mut() = answer.headers().clone();
+        let messages = wire::answer_messages(answer).filter(move |message| {
+            let pass = message.is_err() || with(&self.streams.answers, method, Flow::pass);
+            std::future::ready(pass)
+        });
+        head.map(|()| wire::answer_body(messages))
+    }
+}

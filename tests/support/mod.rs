@@ -1,0 +1,64 @@
+//! The tools the tests are written with: real etcd servers, a TCP proxy, faults inside the client
+//! channel, leak checks, child processes and a cancellation harness. One concept per file.
+
+pub(crate) mod binaries;
+pub(crate) mod check;
+pub(crate) mod child;
+pub(crate) mod cluster;
+pub(crate) mod faults;
+pub(crate) mod metrics;
+pub(crate) mod poll;
+pub(crate) mod ports;
+pub(crate) mod process;
+pub(crate) mod proxy;
+pub(crate) mod server;
+
+use std::sync::OnceLock;
+
+use etcd_client::{Client, ConnectOptions};
+use tokio::runtime::{Builder, Runtime};
+
+use server::Server;
+
+/// The one etcd of this test process for tests that do not hurt their server. Started at first use with
+/// [`Server::fast`]; it dies with the process.
+pub(crate) fn etcd() -> &'static Server {
+    static SHARED: OnceLock<Server> = OnceLock::new();
+    SHARED.get_or_init(|| {
+        // A test's runtime must not be blocked on from inside, so the start is awaited elsewhere.
+        let start = std::thread::spawn(|| background().block_on(Server::fast()));
+        start.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// The tools' own runtime. What they run stays out of the task count of the test's runtime, and keeps going
+/// while a test blocks its threads.
+pub(crate) fn background() -> &'static Runtime {
+    static BACKGROUND: OnceLock<Runtime> = OnceLock::new();
+    BACKGROUND.get_or_init(|| {
+        Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("test-tools")
+            .enable_all()
+            .build()
+            .expect("no runtime for the test tools")
+    })
+}
+
+/// A plain client whose connections live on the tools' runtime.
+pub(crate) async fn client<E: Into<String>>(endpoints: impl IntoIterator<Item = E>) -> Client {
+    client_with(endpoints, ConnectOptions::new()).await
+}
+
+/// As [`client`], with options.
+pub(crate) async fn client_with<E: Into<String>>(
+    endpoints: impl IntoIterator<Item = E>,
+    options: ConnectOptions,
+) -> Client {
+    let endpoints: Vec<String> = endpoints.into_iter().map(Into::into).collect();
+    background()
+        .spawn(Client::connect(endpoints, Some(options)))
+        .await
+        .expect("connecting panicked")
+        .expect("cannot connect to etcd")
+}
