@@ -1,0 +1,170 @@
+//! Names, keys and ranges: the only place that builds keys.
+//!
+//! A name is used as it is given, byte for byte, followed by `/`: this is the layout of etcd's own Go packages, so that
+//! `etcdctl lock NAME` and `Mutex::new(&session, NAME)` stand in one line.
+
+use std::fmt::Write as _;
+
+use etcd_client::proto::{PbTxnOpRequest, PbTxnRequest, PbTxnRequestOp};
+
+use crate::error::{Error, Result};
+
+/// The longest name, in bytes.
+pub const MAX_NAME: usize = 1024;
+
+/// etcd's default limit of one request, in bytes; a server may be configured to take less or more.
+const MAX_REQUEST: usize = 1536 * 1024;
+
+/// Room kept in a request for keys, compares and framing, in bytes.
+const REQUEST_OVERHEAD: usize = 8 * 1024;
+
+/// etcd's default limit of operations in one list of a transaction.
+const MAX_TXN_OPS: usize = 128;
+
+/// A range of keys under a name: everything that starts with `{name}/`. Never empty, so never the whole keyspace.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Prefix(Vec<u8>);
+
+impl Prefix {
+    /// The keys of the line called `name`.
+    pub(crate) fn of_name(name: &[u8]) -> Result<Self> {
+        let refuse = |reason| Err(Error::InvalidName { name: display(name), reason });
+        if name.is_empty() {
+            return refuse("it is empty");
+        }
+        if name.len() > MAX_NAME {
+            return refuse("it is longer than 1,024 bytes");
+        }
+        if name.contains(&0) {
+            return refuse("it contains a NUL byte");
+        }
+        Ok(Self([name, b"/"].concat()))
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The end of the range, exclusive.
+    pub(crate) fn end(&self) -> Vec<u8> {
+        let mut end = self.0.clone();
+        // The last byte is '/', so the next prefix is the one with '0' there.
+        if let Some(last) = end.last_mut() {
+            *last += 1;
+        }
+        end
+    }
+
+    /// The key of one place in this line: `{name}/{lease}-{nonce}`, both in lower-case hexadecimal digits.
+    pub(crate) fn place(&self, lease: i64, nonce: u64) -> Vec<u8> {
+        let mut key = self.0.clone();
+        key.extend_from_slice(format!("{lease:x}-{nonce:016x}").as_bytes());
+        key
+    }
+
+    /// Whether the range of one contains that of the other (and they are not the same).
+    pub(crate) fn nested(&self, other: &Self) -> bool {
+        self != other && (self.0.starts_with(&other.0) || other.0.starts_with(&self.0))
+    }
+}
+
+impl std::fmt::Debug for Prefix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&display(&self.0))
+    }
+}
+
+/// The key of an op slot of a session.
+pub(crate) fn slot(namespace: &str, lease: i64, index: u32) -> Vec<u8> {
+    format!("{namespace}{lease:x}/op/{index}").into_bytes()
+}
+
+/// The key a session reads to prove that it talks to the current leader; it need not exist.
+pub(crate) fn probe(namespace: &str) -> Vec<u8> {
+    format!("{namespace}probe").into_bytes()
+}
+
+/// Refuses a value that cannot fit into one request.
+pub(crate) fn check_value(value: &[u8]) -> Result<()> {
+    let limit = MAX_REQUEST - REQUEST_OVERHEAD;
+    if value.len() > limit {
+        return Err(Error::TooLarge { what: "the value, in bytes,", size: value.len(), limit });
+    }
+    Ok(())
+}
+
+/// Refuses a transaction of the user's that etcd would refuse for its size.
+pub(crate) fn check_txn(txn: &PbTxnRequest) -> Result<()> {
+    let operations = txn.compare.len().max(txn.success.len()).max(txn.failure.len());
+    if operations > MAX_TXN_OPS {
+        return Err(Error::TooLarge {
+            what: "the number of operations",
+            size: operations,
+            limit: MAX_TXN_OPS,
+        });
+    }
+    let bytes = |op: &PbTxnRequestOp| match &op.request {
+        Some(PbTxnOpRequest::RequestPut(put)) => put.key.len() + put.value.len(),
+        _ => 0,
+    };
+    let size = txn.success.iter().chain(&txn.failure).map(bytes).sum();
+    let limit = MAX_REQUEST - REQUEST_OVERHEAD;
+    if size > limit {
+        return Err(Error::TooLarge { what: "the transaction, in bytes,", size, limit });
+    }
+    Ok(())
+}
+
+/// A key or name for people: printable, escaped, at most some 80 characters.
+pub(crate) fn display(key: &[u8]) -> String {
+    const SHOWN: usize = 80;
+    let mut text = String::new();
+    for chunk in key[..key.len().min(SHOWN)].utf8_chunks() {
+        text.extend(chunk.valid().chars().flat_map(|c| {
+            let escape = c.is_control();
+            escape.then(|| c.escape_default()).into_iter().flatten().chain((!escape).then_some(c))
+        }));
+        for byte in chunk.invalid() {
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    }
+    if key.len() > SHOWN {
+        text.push('…');
+    }
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_kept_byte_for_byte() {
+        let prefix = Prefix::of_name(b"/a//b\xff").unwrap();
+        assert_eq!(prefix.as_bytes(), b"/a//b\xff/");
+        assert_eq!(prefix.end(), b"/a//b\xff0");
+        assert_eq!(prefix.place(0xAB, 1), b"/a//b\xff/ab-0000000000000001");
+    }
+
+    #[test]
+    fn unusable_names_are_refused() {
+        for name in [&b""[..], b"a\0b", &[b'x'; MAX_NAME + 1]] {
+            assert!(matches!(Prefix::of_name(name), Err(Error::InvalidName { .. })));
+        }
+        assert!(Prefix::of_name(&[b'x'; MAX_NAME]).is_ok());
+    }
+
+    #[test]
+    fn only_a_name_below_another_is_nested() {
+        let of = |name: &str| Prefix::of_name(name.as_bytes()).unwrap();
+        assert!(of("a").nested(&of("a/b")) && of("a/").nested(&of("a")));
+        assert!(!of("/lock").nested(&of("/lock2")) && !of("a").nested(&of("a")));
+    }
+
+    #[test]
+    fn keys_are_shown_escaped_and_short() {
+        assert_eq!(display(b"a\n\xff/b"), "a\\n\\xff/b");
+        assert!(display(&[b'x'; 500]).chars().count() < 90);
+    }
+}

@@ -1,0 +1,432 @@
+//! The lease: granted, kept alive, and its end known locally before etcd acts on it.
+//!
+//! One lease at a time is a *generation* of the session. Its deadline is the time the last confirmed keepalive was
+//! sent, plus the TTL of its answer, less a margin: etcd starts counting later than that, so the local clock always
+//! ends first.
+//!
+//! A keepalive is confirmed by a linearizable read begun after its answer that shows the same raft term. A leader that
+//! was stopped and has been replaced still answers keepalives when it continues, until it hears of the new term; those
+//! do not count, the new leader never saw them.
+
+use std::num::NonZeroI64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use etcd_client::{Client, GetOptions, LeaseGrantOptions, LeaseKeepAliveStream, LeaseKeeper, ResponseHeader};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::SessionState;
+use super::owned_key::Slots;
+use super::rpc::{self, Failure, Rpc};
+use super::runtime::{Backoff, Runtime, Time};
+use crate::error::{Error, Result};
+use crate::name;
+
+/// One lease of a session, from its grant to its loss.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    pub(crate) number: u64,
+    /// Never 0: a key with lease 0 would stay for ever.
+    pub(crate) lease: NonZeroI64,
+    pub(crate) slots: Slots,
+    deadline: AtomicU64,
+    ended: CancellationToken,
+    runtime: Arc<Runtime>,
+}
+
+/// The deadline of a generation that is over.
+const OVER: u64 = 0;
+
+impl Generation {
+    fn new(number: u64, lease: NonZeroI64, deadline: Time, runtime: Arc<Runtime>) -> Self {
+        let deadline = AtomicU64::new(deadline.0);
+        Self { number, lease, slots: Slots::default(), deadline, ended: CancellationToken::new(), runtime }
+    }
+
+    /// Whether the lease certainly lives. Compares clocks in the caller's thread; once false, false for ever.
+    pub(crate) fn is_alive(&self) -> bool {
+        loop {
+            let deadline = self.deadline.load(Ordering::Acquire);
+            if deadline == OVER {
+                return false;
+            }
+            if self.runtime.now().0 < deadline {
+                return true;
+            }
+            // Passed. Whoever sees it says so for all, unless a renewal was faster.
+            if self.close_at(deadline) {
+                return false;
+            }
+        }
+    }
+
+    /// Waits for the end.
+    pub(crate) async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Ends the generation now: the lease is known to be gone, or is about to be revoked.
+    pub(crate) fn end(&self) {
+        self.deadline.store(OVER, Ordering::Release);
+        self.ended.cancel();
+    }
+
+    fn close_at(&self, deadline: u64) -> bool {
+        let closed =
+            self.deadline.compare_exchange(deadline, OVER, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if closed {
+            self.ended.cancel();
+        }
+        closed
+    }
+
+    /// Moves the deadline. False, and the end, if it has passed meanwhile.
+    fn extend(&self, deadline: Time) -> bool {
+        loop {
+            if !self.is_alive() {
+                return false;
+            }
+            let old = self.deadline.load(Ordering::Acquire);
+            if old == OVER {
+                return false;
+            }
+            // A renewal that was sent earlier may be confirmed later.
+            let new = old.max(deadline.0);
+            if self.deadline.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                return true;
+            }
+        }
+    }
+
+    fn deadline(&self) -> Time {
+        Time(self.deadline.load(Ordering::Acquire))
+    }
+}
+
+/// The local end of a lease whose TTL was told by an answer to a request sent at `sent`.
+fn local_deadline(sent: Time, ttl: Duration) -> Time {
+    let margin = (ttl / 20).max(Duration::from_millis(100));
+    sent.after(ttl.saturating_sub(margin))
+}
+
+fn seconds(ttl: i64) -> Duration {
+    Duration::from_secs(u64::try_from(ttl).unwrap_or(0))
+}
+
+/// Called before each keepalive when the application wants a say in whether it is still alive.
+pub(crate) type Liveness = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// The task that owns the lease of a session.
+pub(crate) struct Keeper {
+    /// Connections of its own, so that no other traffic delays a keepalive.
+    pub(crate) rpc: Rpc,
+    pub(crate) ttl: Duration,
+    pub(crate) namespace: Arc<str>,
+    pub(crate) liveness: Option<Liveness>,
+    pub(crate) state: watch::Sender<SessionState>,
+    pub(crate) current: watch::Sender<Option<Arc<Generation>>>,
+    /// Cancelled when the session is to be closed.
+    pub(crate) closing: CancellationToken,
+}
+
+/// An open keepalive stream.
+struct Stream {
+    keeper: LeaseKeeper,
+    answers: LeaseKeepAliveStream,
+}
+
+/// What came of one keepalive.
+enum Beat {
+    /// Answered and confirmed: the lease lives until then.
+    Confirmed(Box<Stream>, Time),
+    /// etcd says that the lease is gone.
+    Gone,
+    /// No answer, or one that does not count.
+    Nothing,
+}
+
+impl Keeper {
+    /// Grants the first lease within `limit`.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped call may leave a lease without keys, which expires after its TTL.
+    pub(crate) async fn first(&self, limit: Duration) -> Result<Arc<Generation>> {
+        let mut last = None;
+        let granted = tokio::time::timeout(limit, self.grant(1, &mut last)).await;
+        granted.unwrap_or_else(|_| Err(self.rpc.unreachable(limit, last)))
+    }
+
+    /// Keeps one generation after the other until the session is closed.
+    pub(crate) async fn run(self, first: Arc<Generation>) {
+        let mut generation = first;
+        loop {
+            let closing = self.keep(&generation).await;
+            generation.end();
+            self.current.send_replace(None);
+            if closing {
+                self.revoke(&generation, true).await;
+                self.state.send_replace(SessionState::Closed);
+                return;
+            }
+            tracing::warn!(lease = format_args!("{:x}", generation.lease), "lease lost");
+            self.state.send_replace(SessionState::Lost { generation: generation.number });
+            let renewed = async {
+                // Before the first write of the next generation: keys of the old one may still be there.
+                self.revoke(&generation, false).await;
+                self.grant_until_done(generation.number + 1).await
+            };
+            generation = tokio::select! {
+                next = renewed => next,
+                () = self.closing.cancelled() => {
+                    self.revoke(&generation, true).await;
+                    self.state.send_replace(SessionState::Closed);
+                    return;
+                }
+            };
+            self.publish(&generation);
+        }
+    }
+
+    /// Tells everybody of a new generation.
+    pub(crate) fn publish(&self, generation: &Arc<Generation>) {
+        let number = generation.number;
+        tracing::info!(lease = format_args!("{:x}", generation.lease), generation = number, "lease granted");
+        self.current.send_replace(Some(generation.clone()));
+        self.state.send_replace(SessionState::Connected { generation: number });
+    }
+
+    async fn grant_until_done(&self, number: u64) -> Arc<Generation> {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
+        loop {
+            match self.grant(number, &mut None).await {
+                Ok(generation) => return generation,
+                // Credentials, permission or space: somebody has to act, so no hurry.
+                Err(error) => tracing::warn!(%error, "no new lease"),
+            }
+            backoff.wait(&self.rpc.runtime).await;
+        }
+    }
+
+    /// Grants a lease, sending again until etcd answers. `last` keeps the last failure for an error message.
+    async fn grant(&self, number: u64, last: &mut Option<etcd_client::Error>) -> Result<Arc<Generation>> {
+        let ttl = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
+        let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(150));
+        let (mut lease, mut sent_before) = (self.random_lease(), false);
+        loop {
+            let (id, sent) = (lease.get(), self.rpc.runtime.now());
+            let call = move |mut client: Client| -> BoxFuture<'static, _> {
+                Box::pin(
+                    async move { client.lease_grant(ttl, Some(LeaseGrantOptions::new().with_id(id))).await },
+                )
+            };
+            match self.rpc.attempt(b"the session's lease", call).await {
+                Ok(granted) => {
+                    let deadline = local_deadline(sent, seconds(granted.ttl()));
+                    return Ok(self.generation(number, lease, deadline));
+                }
+                // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives.
+                Err(Failure::LeaseExists) if sent_before => {
+                    match self.beat(None, lease, self.rpc.endpoints.current()).await {
+                        Beat::Confirmed(_, deadline) => return Ok(self.generation(number, lease, deadline)),
+                        Beat::Gone => (lease, sent_before) = (self.random_lease(), false),
+                        Beat::Nothing => {}
+                    }
+                }
+                Err(Failure::LeaseExists) => lease = self.random_lease(),
+                Err(Failure::Refused(error)) => return Err(error),
+                Err(Failure::Unknown(error)) => {
+                    sent_before = true;
+                    *last = error;
+                }
+                Err(Failure::Again(error)) => *last = Some(error),
+                Err(Failure::LeaseGone) => {}
+            }
+            backoff.wait(&self.rpc.runtime).await;
+        }
+    }
+
+    fn generation(&self, number: u64, lease: NonZeroI64, deadline: Time) -> Arc<Generation> {
+        Arc::new(Generation::new(number, lease, deadline, self.rpc.runtime.clone()))
+    }
+
+    fn random_lease(&self) -> NonZeroI64 {
+        let bits = self.rpc.runtime.random() >> 1;
+        i64::try_from(bits).ok().and_then(NonZeroI64::new).unwrap_or(NonZeroI64::MIN.saturating_abs())
+    }
+
+    /// Revokes a lease until etcd says that it is gone; when `closing`, for no longer than it would live.
+    async fn revoke(&self, generation: &Generation, closing: bool) {
+        let id = generation.lease.get();
+        let revoke = async {
+            let mut backoff = Backoff::of_requests();
+            loop {
+                let call = move |mut client: Client| -> BoxFuture<'static, _> {
+                    Box::pin(async move { client.lease_revoke(id).await })
+                };
+                match self.rpc.attempt(b"the session's lease", call).await {
+                    Ok(_) | Err(Failure::LeaseGone) => return,
+                    Err(Failure::Refused(error)) => {
+                        tracing::warn!(%error, "the lease cannot be revoked; it will expire");
+                        return;
+                    }
+                    Err(_) => backoff.wait(&self.rpc.runtime).await,
+                }
+            }
+        };
+        if closing {
+            let _ = tokio::time::timeout(self.ttl, revoke).await;
+        } else {
+            revoke.await;
+        }
+    }
+
+    /// Keeps a generation alive until it is lost (false) or the session is closing (true).
+    async fn keep(&self, generation: &Generation) -> bool {
+        let mut stream = None;
+        let mut sent = self.rpc.runtime.now();
+        loop {
+            tokio::select! {
+                biased;
+                () = self.closing.cancelled() => return true,
+                () = generation.ended() => return false,
+                () = self.rpc.runtime.sleep_until(sent.after(self.ttl / 3)) => {}
+            }
+            sent = self.rpc.runtime.now();
+            tokio::select! {
+                biased;
+                () = self.closing.cancelled() => return true,
+                () = generation.ended() => return false,
+                renewed = self.renew(generation, &mut stream) => if !renewed {
+                    return false;
+                },
+            }
+        }
+    }
+
+    /// Renews the lease: first on the open stream; while no answer comes, on more streams through the other members.
+    async fn renew(&self, generation: &Generation, stream: &mut Option<Box<Stream>>) -> bool {
+        let runtime = &self.rpc.runtime;
+        let patience = (self.ttl / 10).min(Duration::from_millis(500));
+        let mut backoff = Backoff::new(patience / 4, patience);
+        let mut beats = FuturesUnordered::new();
+        let mut member = self.rpc.endpoints.current();
+        while self.liveness.as_ref().is_some_and(|alive| !alive()) {
+            self.suspend(generation);
+            tokio::select! {
+                () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
+                () = tokio::time::sleep(patience) => {}
+            }
+        }
+        beats.push(self.beat(stream.take(), generation.lease, member).boxed());
+        let mut next = tokio::time::sleep(patience).boxed();
+        loop {
+            tokio::select! {
+                biased;
+                Some(beat) = beats.next() => match beat {
+                    Beat::Confirmed(open, deadline) => {
+                        *stream = Some(open);
+                        let alive = generation.extend(deadline);
+                        if alive {
+                            self.resume(generation);
+                        }
+                        return alive;
+                    }
+                    Beat::Gone => return false,
+                    Beat::Nothing if beats.is_empty() => {
+                        next = tokio::time::sleep(backoff.pause(runtime)).boxed();
+                    }
+                    Beat::Nothing => {}
+                },
+                () = &mut next => {
+                    self.suspend(generation);
+                    self.rpc.endpoints.avoid(member);
+                    member = self.rpc.endpoints.current();
+                    beats.push(self.beat(None, generation.lease, member).boxed());
+                    next = tokio::time::sleep(patience + runtime.jitter(patience)).boxed();
+                }
+                () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
+            }
+        }
+    }
+
+    /// Sends one keepalive through a member and confirms its answer.
+    async fn beat(&self, stream: Option<Box<Stream>>, lease: NonZeroI64, member: usize) -> Beat {
+        let limit = self.rpc.timeout * 2;
+        match tokio::time::timeout(limit, self.try_beat(stream, lease, member)).await {
+            Ok(Ok(beat)) => return beat,
+            Ok(Err(error)) => match rpc::classify(b"the session's lease", error, self.rpc.has_user) {
+                Failure::LeaseGone => return Beat::Gone,
+                Failure::Again(_) if self.rpc.has_user => self.rpc.log_in_again(member).await,
+                failure => tracing::debug!(?failure, "keepalive failed"),
+            },
+            Err(_) => tracing::debug!("keepalive not answered in time"),
+        }
+        Beat::Nothing
+    }
+
+    async fn try_beat(
+        &self,
+        stream: Option<Box<Stream>>,
+        lease: NonZeroI64,
+        member: usize,
+    ) -> Result<Beat, etcd_client::Error> {
+        let mut client = self.rpc.endpoints.client(member).await?;
+        let mut stream = match stream {
+            Some(stream) => stream,
+            None => match client.lease_keep_alive(lease.get()).await {
+                Ok((keeper, answers)) => Box::new(Stream { keeper, answers }),
+                Err(etcd_client::Error::LeaseKeepAliveError(message)) if message == "lease not found" => {
+                    return Ok(Beat::Gone);
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        let sent = self.rpc.runtime.now();
+        stream.keeper.keep_alive().await?;
+        let Some(answer) = stream.answers.message().await? else { return Ok(Beat::Nothing) };
+        if answer.ttl() <= 0 {
+            return Ok(Beat::Gone);
+        }
+        let read =
+            client.get(name::probe(&self.namespace), Some(GetOptions::new().with_count_only())).await?;
+        let term = |header: Option<&ResponseHeader>| header.map(ResponseHeader::raft_term);
+        if term(answer.header()).is_none() || term(answer.header()) != term(read.header()) {
+            return Ok(Beat::Nothing);
+        }
+        Ok(Beat::Confirmed(stream, local_deadline(sent, seconds(answer.ttl()))))
+    }
+
+    fn suspend(&self, generation: &Generation) {
+        self.publish_state(SessionState::Suspended { generation: generation.number });
+    }
+
+    fn resume(&self, generation: &Generation) {
+        self.publish_state(SessionState::Connected { generation: generation.number });
+    }
+
+    fn publish_state(&self, state: SessionState) {
+        let changed = self.state.send_if_modified(|old| std::mem::replace(old, state) != state);
+        if changed {
+            tracing::info!(?state, "session state");
+        }
+    }
+}
+
+/// Refuses TTLs that etcd would change or refuse.
+pub(crate) fn check_ttl(ttl: Duration) -> Result<()> {
+    /// etcd's maximum, in seconds.
+    const MAX: u64 = 9_000_000_000;
+    let reason = match ttl.as_secs() {
+        0 => "it is less than a second",
+        seconds if seconds > MAX => "it is more than etcd's maximum of 9,000,000,000 s",
+        _ if ttl.subsec_nanos() != 0 => "etcd counts leases in whole seconds",
+        _ => return Ok(()),
+    };
+    Err(Error::InvalidOption { option: "ttl", reason: format!("{ttl:?}: {reason}") })
+}

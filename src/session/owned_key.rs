@@ -1,0 +1,530 @@
+//! A key on the session's lease, released when its value is dropped.
+//!
+//! # Why no copy of a request can do harm
+//!
+//! A request without an answer may still be applied, later, even after its key was created, used and deleted by
+//! another copy of it. So the transaction that creates a key also takes a step of an *op slot*: it compares the slot's
+//! last `mod_revision` and writes the slot. The first copy to be applied moves the slot; every other finds it moved
+//! and does nothing, for ever, since revisions never come back. An operation that is given up moves the slot itself,
+//! in the transaction that deletes its key. Slots are bookkeeping keys on the lease, used again and again; their cost
+//! is one more put in a transaction that is sent anyway.
+//!
+//! A deletion compares the key's create revision, so copies of it are harmless by themselves.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use etcd_client::proto::{PbResponseOp, PbTxnOpResponse, PbTxnRequest, PbTxnResponse};
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnResponse};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::Core;
+use super::lease::Generation;
+use super::rpc::{Failure, RangeAnswer, revision};
+use super::runtime::Backoff;
+use crate::error::{Error, Result};
+use crate::name;
+
+/// The op slots of one generation: as many as operations were ever under way at once.
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    free: Mutex<Vec<Slot>>,
+    made: AtomicU32,
+}
+
+/// One op slot: the right to do one operation that must not be done twice.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    index: u32,
+    /// The slot's `mod_revision`, 0 while its key does not exist.
+    revision: i64,
+}
+
+impl Slots {
+    fn take(&self) -> Slot {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        free.unwrap_or_else(|| Slot { index: self.made.fetch_add(1, Ordering::Relaxed), revision: 0 })
+    }
+
+    fn give_back(&self, slot: Slot) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
+    }
+}
+
+/// A step of a slot, as parts of a transaction.
+struct Step {
+    key: Vec<u8>,
+    lease: i64,
+    seen: i64,
+}
+
+impl Step {
+    fn compare(&self) -> Compare {
+        Compare::mod_revision(self.key.clone(), CompareOp::Equal, self.seen)
+    }
+
+    fn put(&self) -> TxnOp {
+        TxnOp::put(self.key.clone(), "", Some(PutOptions::new().with_lease(self.lease)))
+    }
+
+    fn get(&self) -> TxnOp {
+        TxnOp::get(self.key.clone(), Some(GetOptions::new().with_keys_only()))
+    }
+}
+
+/// A key that this session created and that lives on its lease. Deleted in the background when dropped.
+pub(crate) struct OwnedKey {
+    facts: Arc<Owned>,
+    released: bool,
+}
+
+/// What is known of an owned key; outlives it in whoever waits for its loss.
+pub(crate) struct Owned {
+    core: Arc<Core>,
+    pub(crate) generation: Arc<Generation>,
+    pub(crate) key: Vec<u8>,
+    pub(crate) create_revision: i64,
+    /// Cancelled when the key was deleted by somebody else.
+    gone: CancellationToken,
+}
+
+/// A key just created.
+pub(crate) struct Created {
+    pub(crate) key: OwnedKey,
+    /// The answers to the reads in the creating transaction and its revision; none if that answer was lost and the
+    /// key was found by a resend.
+    pub(crate) reads: Option<(Vec<PbResponseOp>, i64)>,
+}
+
+/// What came of a deletion.
+pub(crate) enum Deleted {
+    /// By this request: the answers to its reads, and its revision.
+    Now(Vec<PbResponseOp>, i64),
+    /// By an earlier copy of this request, or with its lease.
+    Before,
+    /// By somebody else, before it was asked for.
+    Lost,
+}
+
+/// A key to create.
+pub(crate) struct Creation {
+    pub(crate) key: Vec<u8>,
+    pub(crate) value: Vec<u8>,
+    /// Create only if this holds as well.
+    pub(crate) only_if: Option<Compare>,
+    /// Read in the same transaction, after the creation.
+    pub(crate) reads: Vec<TxnOp>,
+}
+
+impl Creation {
+    /// Creates the key in the given generation. `None` if `only_if` did not hold.
+    ///
+    /// # Cancel safety
+    ///
+    /// When dropped, the key will not exist: it is not created, or deleted again, by the session.
+    pub(crate) async fn run(self, core: &Arc<Core>, generation: &Arc<Generation>) -> Result<Option<Created>> {
+        let (answer, answered) = oneshot::channel();
+        let task = Task { core: core.clone(), generation: generation.clone(), creation: self };
+        core.runtime.spawn(task.run(answer));
+        // The task ends without an answer only when its runtime does.
+        answered.await.unwrap_or(Err(Error::Closed))
+    }
+}
+
+/// A creation under way. It runs in the session, since a request in flight must be followed to its end.
+struct Task {
+    core: Arc<Core>,
+    generation: Arc<Generation>,
+    creation: Creation,
+}
+
+/// What one answered attempt says.
+enum Outcome {
+    Created(Created),
+    /// `only_if` did not hold.
+    Not,
+    /// The slot had moved, so nothing was done: try again.
+    Stale,
+}
+
+impl Task {
+    async fn run(self, mut answer: oneshot::Sender<Result<Option<Created>>>) {
+        let mut slot = self.generation.slots.take();
+        let mut unanswered = false;
+        let mut backoff = Backoff::of_requests();
+        let result = loop {
+            let attempt = tokio::select! {
+                biased;
+                () = answer.closed() => return self.give_up(slot).await,
+                () = self.generation.ended() => break Err(self.lost()),
+                attempt = self.attempt(&mut slot) => attempt,
+            };
+            match attempt {
+                Ok(Outcome::Created(created)) => break Ok(Some(created)),
+                Ok(Outcome::Not) => break Ok(None),
+                Ok(Outcome::Stale) => {}
+                Err(Failure::LeaseGone) => {
+                    self.generation.end();
+                    break Err(self.lost());
+                }
+                Err(Failure::Refused(error)) if unanswered => {
+                    let _ = answer.send(Err(error));
+                    return self.give_up(slot).await;
+                }
+                Err(Failure::Refused(error)) => break Err(error),
+                Err(failure) => {
+                    unanswered |= !matches!(failure, Failure::Again(_));
+                    tokio::select! {
+                        () = answer.closed() => return self.give_up(slot).await,
+                        () = backoff.wait(&self.core.runtime) => {}
+                    }
+                }
+            }
+        };
+        self.generation.slots.give_back(slot);
+        // If the caller is gone, the key comes back and is dropped here, and so deleted.
+        let _ = answer.send(result);
+    }
+
+    /// One attempt. Leaves the slot as etcd has it, when that is known.
+    async fn attempt(&self, slot: &mut Slot) -> Result<Outcome, Failure> {
+        let Creation { key, value, only_if, reads } = &self.creation;
+        let step = self.step(slot);
+        let put = TxnOp::put(key.clone(), value.clone(), Some(PutOptions::new().with_lease(step.lease)));
+        let mut compares = vec![step.compare()];
+        compares.extend(only_if.clone());
+        let mut then = vec![put, step.put()];
+        then.extend(reads.iter().cloned());
+        let find = vec![TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
+        let response =
+            self.core.rpc.txn(key, Txn::new().when(compares).and_then(then).or_else(find)).await?.0;
+        let revision = revision(response.header.as_ref().map(Into::into));
+        if response.succeeded {
+            slot.revision = revision;
+            let reads = response.responses.into_iter().skip(2).collect();
+            return Ok(Outcome::Created(self.created(revision, Some((reads, revision)))));
+        }
+        let found = RangeAnswer::of(&response.responses, 0).and_then(|keys| keys.keys().next());
+        let moved = RangeAnswer::of(&response.responses, 1).and_then(|keys| keys.keys().next());
+        let (seen, now) = (slot.revision, moved.map_or(0, |slot| slot.mod_revision));
+        slot.revision = now;
+        Ok(match found {
+            Some(found) => Outcome::Created(self.created(found.create_revision, None)),
+            None if seen == now => Outcome::Not,
+            None => Outcome::Stale,
+        })
+    }
+
+    fn created(&self, create_revision: i64, reads: Option<(Vec<PbResponseOp>, i64)>) -> Created {
+        let facts = Owned {
+            core: self.core.clone(),
+            generation: self.generation.clone(),
+            key: self.creation.key.clone(),
+            create_revision,
+            gone: CancellationToken::new(),
+        };
+        Created { key: OwnedKey { facts: Arc::new(facts), released: false }, reads }
+    }
+
+    /// Sees to it that no attempt made so far leaves a key.
+    async fn give_up(self, mut slot: Slot) {
+        let key = &self.creation.key;
+        let mut backoff = Backoff::of_requests();
+        loop {
+            let delete = TxnOp::delete(key.clone(), None);
+            let attempt = tokio::select! {
+                biased;
+                // The lease goes, and the key and every late copy with it.
+                () = self.generation.ended() => return,
+                attempt = self.core.rpc.txn(key, Txn::new().and_then([self.step(&slot).put(), delete.clone()])) => attempt,
+            };
+            match attempt {
+                Ok(response) => {
+                    slot.revision = revision(response.header());
+                    return self.generation.slots.give_back(slot);
+                }
+                Err(Failure::LeaseGone) => return self.generation.end(),
+                // Without space the slot cannot move, but the key can go; late copies are refused as long.
+                Err(Failure::Refused(_)) => {
+                    let _ = self.core.rpc.txn(key, Txn::new().and_then([delete])).await;
+                    backoff.wait(&self.core.runtime).await;
+                }
+                Err(_) => backoff.wait(&self.core.runtime).await,
+            }
+        }
+    }
+
+    fn step(&self, slot: &Slot) -> Step {
+        let lease = self.generation.lease.get();
+        Step { key: name::slot(&self.core.namespace, lease, slot.index), lease, seen: slot.revision }
+    }
+
+    fn lost(&self) -> Error {
+        Error::Lost { key: name::display(&self.creation.key) }
+    }
+}
+
+// === impl OwnedKey ===
+
+impl OwnedKey {
+    /// A key that an earlier guard kept.
+    pub(crate) fn resume(
+        core: &Arc<Core>,
+        generation: &Arc<Generation>,
+        key: Vec<u8>,
+        create_revision: i64,
+    ) -> Self {
+        let (core, generation, gone) = (core.clone(), generation.clone(), CancellationToken::new());
+        Self { facts: Arc::new(Owned { core, generation, key, create_revision, gone }), released: false }
+    }
+
+    /// Leaves the key to its lease.
+    pub(crate) fn keep(mut self) {
+        self.released = true;
+    }
+
+    pub(crate) fn facts(&self) -> &Arc<Owned> {
+        &self.facts
+    }
+
+    /// Deletes the key, with `reads` in the same transaction after it. Ends when etcd has answered, or the lease is
+    /// over.
+    ///
+    /// # Cancel safety
+    ///
+    /// When dropped, the deletion goes on in the background.
+    pub(crate) async fn delete(mut self, reads: Vec<TxnOp>) -> Deleted {
+        let facts = self.facts.clone();
+        let deleted = facts.delete(reads).await;
+        self.released = true;
+        deleted
+    }
+}
+
+impl Drop for OwnedKey {
+    fn drop(&mut self) {
+        if !self.released {
+            let facts = self.facts.clone();
+            self.facts.core.runtime.spawn(async move {
+                facts.delete(Vec::new()).await;
+            });
+        }
+    }
+}
+
+// === impl Owned ===
+
+impl Owned {
+    /// Whether the key is certainly there, as far as this process can know: its lease lives by the local clock and
+    /// nobody was seen to delete it.
+    pub(crate) fn is_held(&self) -> bool {
+        !self.gone.is_cancelled() && self.generation.is_alive()
+    }
+
+    /// Waits until the key is lost.
+    pub(crate) async fn lost(&self) {
+        tokio::select! {
+            () = self.gone.cancelled() => {}
+            () = self.generation.ended() => {}
+        }
+    }
+
+    /// Notes that somebody else deleted the key.
+    pub(crate) fn set_gone(&self) {
+        self.gone.cancel();
+    }
+
+    pub(crate) fn error(&self) -> Error {
+        Error::Lost { key: name::display(&self.key) }
+    }
+
+    /// True in a transaction only while the key is there.
+    pub(crate) fn compare(&self) -> Compare {
+        Compare::create_revision(self.key.clone(), CompareOp::Equal, self.create_revision)
+    }
+
+    async fn delete(&self, reads: Vec<TxnOp>) -> Deleted {
+        if !self.generation.is_alive() {
+            return Deleted::Lost;
+        }
+        let mut unanswered = false;
+        let mut backoff = Backoff::of_requests();
+        loop {
+            let mut then = vec![TxnOp::delete(self.key.clone(), None)];
+            then.extend(reads.iter().cloned());
+            let txn = Txn::new().when([self.compare()]).and_then(then);
+            let attempt = tokio::select! {
+                biased;
+                attempt = self.core.rpc.txn(&self.key, txn) => attempt,
+                () = self.generation.ended() => return Deleted::Before,
+            };
+            match attempt {
+                Ok(response) => {
+                    let response = response.0;
+                    if response.succeeded {
+                        let revision = revision(response.header.as_ref().map(Into::into));
+                        return Deleted::Now(response.responses.into_iter().skip(1).collect(), revision);
+                    }
+                    return if unanswered { Deleted::Before } else { Deleted::Lost };
+                }
+                Err(Failure::Refused(error)) => {
+                    tracing::warn!(key = %name::display(&self.key), %error, "cannot delete; trying again");
+                    backoff.wait(&self.core.runtime).await;
+                }
+                Err(failure) => {
+                    unanswered |= !matches!(failure, Failure::Again(_));
+                    backoff.wait(&self.core.runtime).await;
+                }
+            }
+        }
+    }
+
+    /// Puts a new value, if the last put of the key is still the one at `last`. Follows the request to its end.
+    pub(crate) async fn update(&self, value: Vec<u8>, last: &mut i64) -> Result<()> {
+        let mut unanswered = false;
+        let mut backoff = Backoff::of_requests();
+        let unknown = || Error::OutcomeUnknown { key: name::display(&self.key) };
+        loop {
+            let options = PutOptions::new().with_lease(self.generation.lease.get());
+            let txn = Txn::new()
+                .when([Compare::mod_revision(self.key.clone(), CompareOp::Equal, *last)])
+                .and_then([TxnOp::put(self.key.clone(), value.clone(), Some(options))])
+                .or_else([TxnOp::get(self.key.clone(), None)]);
+            let attempt = tokio::select! {
+                biased;
+                attempt = self.core.rpc.txn(&self.key, txn) => attempt,
+                () = self.generation.ended() => return Err(if unanswered { unknown() } else { self.error() }),
+            };
+            match attempt {
+                Ok(response) if response.succeeded() => {
+                    *last = revision(response.header());
+                    return Ok(());
+                }
+                Ok(response) => {
+                    let found = RangeAnswer::of(&response.0.responses, 0);
+                    let Some((facts, found)) = found.and_then(|found| found.first_value()) else {
+                        self.set_gone();
+                        return Err(self.error());
+                    };
+                    if facts.create_revision != self.create_revision {
+                        self.set_gone();
+                        return Err(self.error());
+                    }
+                    *last = facts.mod_revision;
+                    // An earlier copy of this put, or somebody who wrote over our value: then it is put again.
+                    if unanswered && found == value {
+                        return Ok(());
+                    }
+                }
+                Err(Failure::LeaseGone) => {
+                    self.generation.end();
+                    return Err(if unanswered { unknown() } else { self.error() });
+                }
+                Err(Failure::Refused(error)) => return Err(if unanswered { unknown() } else { error }),
+                Err(failure) => {
+                    unanswered |= !matches!(failure, Failure::Again(_));
+                    backoff.wait(&self.core.runtime).await;
+                }
+            }
+        }
+    }
+
+    /// Runs the user's transaction if the key is there, at most once.
+    pub(crate) async fn txn(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse> {
+        let request = PbTxnRequest::from(txn.clone());
+        name::check_txn(&request)?;
+        if !self.is_held() {
+            return Err(self.error());
+        }
+        let plain = request.compare.is_empty();
+        let (answer, answered) = oneshot::channel();
+        let facts = self.clone();
+        self.core.runtime.spawn(async move {
+            let result = facts.guarded(txn, plain).await;
+            let _ = answer.send(result);
+        });
+        answered.await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// Follows the user's transaction to its end; `plain` if it has no compares of its own.
+    async fn guarded(&self, txn: Txn, plain: bool) -> Result<TxnResponse> {
+        let lease = self.generation.lease.get();
+        let unknown = || Error::OutcomeUnknown { key: name::display(&self.key) };
+        let mut slot = self.generation.slots.take();
+        let mut unanswered = false;
+        let mut backoff = Backoff::of_requests();
+        let result = loop {
+            let key = name::slot(&self.core.namespace, lease, slot.index);
+            let step = Step { key, lease, seen: slot.revision };
+            let guarded = Txn::new()
+                .when([self.compare(), step.compare()])
+                .and_then([step.put(), TxnOp::txn(txn.clone())])
+                .or_else([
+                    step.get(),
+                    TxnOp::get(self.key.clone(), Some(GetOptions::new().with_keys_only())),
+                ]);
+            let attempt = tokio::select! {
+                biased;
+                attempt = self.core.rpc.txn(&self.key, guarded) => attempt,
+                // The slot is on the lease as well: nobody will use it again.
+                () = self.generation.ended() => return Err(if unanswered { unknown() } else { self.error() }),
+            };
+            match attempt {
+                Ok(response) => {
+                    let mut response = response.0;
+                    let header = response.header;
+                    if response.succeeded {
+                        slot.revision = revision(header.as_ref().map(Into::into));
+                        let inner = response.responses.pop().and_then(|op| op.response);
+                        let Some(PbTxnOpResponse::ResponseTxn(mut inner)) = inner else {
+                            break Err(unknown());
+                        };
+                        inner.header = header;
+                        break Ok(TxnResponse(inner));
+                    }
+                    let now = RangeAnswer::of(&response.responses, 0).and_then(|keys| keys.keys().next());
+                    let (seen, now) = (slot.revision, now.map_or(0, |slot| slot.mod_revision));
+                    slot.revision = now;
+                    let ours = RangeAnswer::of(&response.responses, 1).is_some_and(|keys| {
+                        keys.keys().any(|key| key.create_revision == self.create_revision)
+                    });
+                    if seen != now && unanswered {
+                        // Applied by an attempt whose answer was lost. Without compares of the user's there is only
+                        // one thing it can have done.
+                        break if plain {
+                            Ok(TxnResponse(PbTxnResponse { header, succeeded: true, responses: Vec::new() }))
+                        } else {
+                            Err(unknown())
+                        };
+                    }
+                    if !ours {
+                        self.set_gone();
+                        break Err(self.error());
+                    }
+                }
+                Err(Failure::LeaseGone) => {
+                    self.generation.end();
+                    return Err(if unanswered { unknown() } else { self.error() });
+                }
+                Err(Failure::Refused(error)) if !unanswered => break Err(error),
+                Err(Failure::Refused(_)) => return Err(unknown()),
+                Err(failure) => {
+                    unanswered |= !matches!(failure, Failure::Again(_));
+                    backoff.wait(&self.core.runtime).await;
+                }
+            }
+        };
+        self.generation.slots.give_back(slot);
+        result
+    }
+}
+
+impl std::fmt::Debug for Owned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owned")
+            .field("key", &name::display(&self.key))
+            .field("create_revision", &self.create_revision)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,52 @@
+//! Who stands in a line, for people to look at.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::line::Member;
+
+/// One key in a line: who holds a lock, waits for it, or runs for an election.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Participant {
+    /// The key.
+    pub key: Vec<u8>,
+    /// The revision at which the key was created: its order in line.
+    pub create_revision: i64,
+    /// The lease the key lives on. 0: none, so the key blocks its line until somebody deletes it.
+    pub lease: i64,
+    /// Who it is, if the key says so in our way; see [`SessionBuilder::identity`](crate::SessionBuilder::identity).
+    pub identity: Option<String>,
+    /// Since when it stands there, by the clock of its own machine.
+    pub since: Option<SystemTime>,
+}
+
+/// The value of a lock's key. Other programs ignore it.
+#[derive(Serialize, Deserialize)]
+struct Description {
+    identity: String,
+    /// Seconds since 1970.
+    since: u64,
+}
+
+/// The value of a lock key created now.
+pub(crate) fn describe(identity: &str) -> Vec<u8> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    serde_json::to_vec(&Description { identity: identity.to_owned(), since }).unwrap_or_default()
+}
+
+impl From<Member> for Participant {
+    fn from(member: Member) -> Self {
+        // Anything can be in a foreign key's value; what is not ours says nothing.
+        let description: Option<Description> = serde_json::from_slice(&member.value).ok();
+        let since = description.as_ref().and_then(|d| UNIX_EPOCH.checked_add(Duration::from_secs(d.since)));
+        Self {
+            key: member.facts.key,
+            create_revision: member.facts.create_revision,
+            lease: member.facts.lease,
+            identity: description.map(|description| description.identity),
+            since,
+        }
+    }
+}

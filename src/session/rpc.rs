@@ -1,0 +1,224 @@
+//! Requests to etcd: a deadline for each attempt, and what its failure means.
+//!
+//! The one question after a failure is whether the request may still be applied. Only an answer that etcd itself gave,
+//! with a message known to be a refusal, says no. A timeout, a lost connection, a leader change: the request may be
+//! applied later, even seconds later.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::proto::{PbResponseOp, PbTxnOpResponse};
+use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn, TxnResponse};
+use futures::future::BoxFuture;
+
+use super::endpoints::Endpoints;
+use super::runtime::{Backoff, Runtime};
+use crate::error::{Error, Result};
+use crate::name;
+
+/// How long a read for the caller is tried before it fails as unreachable.
+pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why an attempt has no answer to use.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The lease does not exist (any more). Not applied.
+    LeaseGone,
+    /// The lease id is taken. Not applied.
+    LeaseExists,
+    /// Not applied, and sending it again would not help.
+    Refused(Error),
+    /// Not applied; another attempt may succeed.
+    Again(etcd_client::Error),
+    /// No answer (`None`), or one that does not tell: may still be applied.
+    Unknown(Option<etcd_client::Error>),
+}
+
+/// Sends requests to the member of choice.
+#[derive(Debug)]
+pub(crate) struct Rpc {
+    pub(crate) endpoints: Endpoints,
+    pub(crate) runtime: Arc<Runtime>,
+    /// The longest one attempt may take.
+    pub(crate) timeout: Duration,
+    /// Whether the client can log in again when its token is refused.
+    pub(crate) has_user: bool,
+}
+
+impl Rpc {
+    /// Sends a transaction once. `key` is what an error speaks of.
+    pub(crate) async fn txn(&self, key: &[u8], txn: Txn) -> Result<TxnResponse, Failure> {
+        self.attempt(key, move |mut client| Box::pin(async move { client.txn(txn).await })).await
+    }
+
+    /// Reads until etcd answers, linearizably. `limit` bounds the time; without one the caller does.
+    pub(crate) async fn get(
+        &self,
+        key: &[u8],
+        options: GetOptions,
+        limit: Option<Duration>,
+    ) -> Result<GetResponse> {
+        let read = async {
+            let mut backoff = Backoff::of_requests();
+            loop {
+                let (key_sent, options) = (key.to_vec(), options.clone());
+                let call = move |mut client: Client| -> BoxFuture<'static, _> {
+                    Box::pin(async move { client.get(key_sent, Some(options)).await })
+                };
+                match self.attempt(key, call).await {
+                    Ok(response) => return Ok(response),
+                    Err(Failure::Refused(error)) => return Err(error),
+                    Err(_) => backoff.wait(&self.runtime).await,
+                }
+            }
+        };
+        match limit {
+            None => read.await,
+            Some(limit) => {
+                tokio::time::timeout(limit, read).await.unwrap_or_else(|_| Err(self.unreachable(limit, None)))
+            }
+        }
+    }
+
+    pub(crate) fn unreachable(&self, waited: Duration, source: Option<etcd_client::Error>) -> Error {
+        Error::Unreachable { endpoints: self.endpoints.names(), waited, source }
+    }
+
+    /// Makes one attempt of a request, through the current member.
+    pub(crate) async fn attempt<T>(
+        &self,
+        key: &[u8],
+        call: impl FnOnce(Client) -> BoxFuture<'static, Result<T, etcd_client::Error>>,
+    ) -> Result<T, Failure> {
+        let member = self.endpoints.current();
+        let failure = match tokio::time::timeout(self.timeout, async {
+            let client = self.endpoints.client(member).await?;
+            call(client).await
+        })
+        .await
+        {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => classify(key, error, self.has_user),
+            Err(_) => Failure::Unknown(None),
+        };
+        tracing::debug!(key = %name::display(key), ?failure, "attempt failed");
+        match &failure {
+            Failure::Again(_) if self.has_user => self.log_in_again(member).await,
+            Failure::Again(_) | Failure::Unknown(_) => self.endpoints.avoid(member),
+            Failure::LeaseGone | Failure::LeaseExists | Failure::Refused(_) => {}
+        }
+        Err(failure)
+    }
+
+    /// Renews the token: the client does so by itself only for some of the errors that ask for it.
+    pub(crate) async fn log_in_again(&self, member: usize) {
+        let refresh = async { self.endpoints.client(member).await?.refresh_token().await };
+        if !matches!(tokio::time::timeout(self.timeout, refresh).await, Ok(Ok(()))) {
+            self.endpoints.avoid(member);
+        }
+    }
+}
+
+/// Decides what a failed attempt means.
+pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) -> Failure {
+    let etcd_client::Error::GRpcStatus(status) = &error else {
+        return match error {
+            // Found before anything is sent: an option of the user's is wrong.
+            etcd_client::Error::InvalidArgs(_) | etcd_client::Error::InvalidUri(_) => {
+                Failure::Refused(Error::Etcd { key: name::display(key), source: error })
+            }
+            other => Failure::Unknown(Some(other)),
+        };
+    };
+    let Some(message) = status.message().strip_prefix("etcdserver: ") else {
+        return Failure::Unknown(Some(error));
+    };
+    match message {
+        "requested lease not found" => Failure::LeaseGone,
+        "lease already exists" => Failure::LeaseExists,
+        "mvcc: database space exceeded" => Failure::Refused(Error::NoSpace { key: name::display(key) }),
+        "permission denied" => {
+            Failure::Refused(Error::PermissionDenied { key: name::display(key), source: error })
+        }
+        "authentication failed, invalid user ID or password" | "authentication is not enabled" => {
+            Failure::Refused(Error::AuthFailed { source: error })
+        }
+        "user name is empty" if !has_user => Failure::Refused(Error::AuthFailed { source: error }),
+        "user name is empty"
+        | "invalid auth token"
+        | "revision of auth store is old"
+        | "too many requests"
+        | "rpc not supported for learner" => Failure::Again(error),
+        "request is too large"
+        | "too many operations in txn request"
+        | "duplicate key given in txn request"
+        | "key is not provided"
+        | "too large lease TTL"
+        | "mvcc: required revision has been compacted"
+        | "mvcc: required revision is a future revision" => {
+            Failure::Refused(Error::Etcd { key: name::display(key), source: error })
+        }
+        _ => Failure::Unknown(Some(error)),
+    }
+}
+
+/// The revision of the store when it gave the answer; 0 when it did not say.
+pub(crate) fn revision(header: Option<&ResponseHeader>) -> i64 {
+    header.map_or(0, ResponseHeader::revision)
+}
+
+/// The answer of a range among the answers of a transaction.
+pub(crate) struct RangeAnswer<'a>(&'a etcd_client::proto::PbRangeResponse);
+
+impl<'a> RangeAnswer<'a> {
+    /// The answer to operation `index`, if that was a range.
+    pub(crate) fn of(responses: &'a [PbResponseOp], index: usize) -> Option<Self> {
+        match responses.get(index)?.response.as_ref()? {
+            PbTxnOpResponse::ResponseRange(range) => Some(Self(range)),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn more(&self) -> bool {
+        self.0.more
+    }
+
+    pub(crate) fn count(&self) -> i64 {
+        self.0.count
+    }
+
+    /// The first key and its value.
+    pub(crate) fn first_value(&self) -> Option<(KeyFacts, Vec<u8>)> {
+        Some((self.keys().next()?, self.0.kvs.first()?.value.clone()))
+    }
+
+    /// What is told of each key beside its value.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = KeyFacts> + 'a {
+        self.0.kvs.iter().map(|kv| KeyFacts {
+            key: kv.key.clone(),
+            create_revision: kv.create_revision,
+            mod_revision: kv.mod_revision,
+            lease: kv.lease,
+        })
+    }
+}
+
+/// What etcd tells of a key beside its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct KeyFacts {
+    pub(crate) key: Vec<u8>,
+    pub(crate) create_revision: i64,
+    pub(crate) mod_revision: i64,
+    pub(crate) lease: i64,
+}
+
+impl From<&KeyValue> for KeyFacts {
+    fn from(kv: &KeyValue) -> Self {
+        Self {
+            key: kv.key().to_vec(),
+            create_revision: kv.create_revision(),
+            mod_revision: kv.mod_revision(),
+            lease: kv.lease(),
+        }
+    }
+}

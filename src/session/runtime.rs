@@ -1,0 +1,142 @@
+//! The seam to the outside: time, randomness and tasks. Nothing else in the crate reads a clock, draws a random number
+//! or spawns.
+
+use std::future::Future;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+use tokio_util::task::TaskTracker;
+
+/// A point in time, in nanoseconds of a clock that also runs while the machine sleeps. Never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Time(pub(crate) u64);
+
+impl Time {
+    pub(crate) fn after(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(nanos(duration)))
+    }
+
+    pub(crate) fn until(self, later: Self) -> Duration {
+        Duration::from_nanos(later.0.saturating_sub(self.0))
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The runtime of one session.
+#[derive(Debug)]
+pub(crate) struct Runtime {
+    handle: Handle,
+    tasks: TaskTracker,
+    random: Mutex<fastrand::Rng>,
+}
+
+impl Runtime {
+    /// The tokio runtime of the caller.
+    pub(crate) fn current() -> Self {
+        // Lease ids and nonces must differ between processes that start together: the seed comes from the system.
+        let seed = uuid::Uuid::new_v4().as_u64_pair().0;
+        Self {
+            handle: Handle::current(),
+            tasks: TaskTracker::new(),
+            random: Mutex::new(fastrand::Rng::with_seed(seed)),
+        }
+    }
+
+    /// The time now. One system call without a lock: fit for the hottest path.
+    pub(crate) fn now(&self) -> Time {
+        Time(clock().max(1))
+    }
+
+    /// Sleeps until `time`, also when the clock of the timers stands still while the machine sleeps.
+    pub(crate) async fn sleep_until(&self, time: Time) {
+        loop {
+            let now = self.now();
+            if now >= time {
+                return;
+            }
+            tokio::time::sleep(now.until(time).min(Duration::from_secs(60))).await;
+        }
+    }
+
+    /// Runs `work` to its end, whatever becomes of the caller. Works from any thread; after the runtime's end the work
+    /// is dropped.
+    pub(crate) fn spawn<F>(&self, work: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tasks.spawn_on(work, &self.handle);
+    }
+
+    /// The same, for work that may be given up at any time.
+    pub(crate) fn spawn_abortable<F>(&self, work: F) -> AbortHandle
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tasks.spawn_on(work, &self.handle).abort_handle()
+    }
+
+    /// Waits until every task has ended. New ones may still be spawned.
+    pub(crate) async fn idle(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    pub(crate) fn random(&self) -> u64 {
+        self.random.lock().unwrap_or_else(PoisonError::into_inner).u64(..)
+    }
+
+    /// A random duration between zero and `most`.
+    pub(crate) fn jitter(&self, most: Duration) -> Duration {
+        let most = nanos(most);
+        Duration::from_nanos(self.random.lock().unwrap_or_else(PoisonError::into_inner).u64(..=most))
+    }
+}
+
+/// Waits between attempts: exponential with full jitter, capped.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    next: Duration,
+    most: Duration,
+}
+
+impl Backoff {
+    pub(crate) const fn new(first: Duration, most: Duration) -> Self {
+        Self { next: first, most }
+    }
+
+    /// The backoff of requests that are sent again: from 10 ms to 250 ms.
+    pub(crate) const fn of_requests() -> Self {
+        Self::new(Duration::from_millis(10), Duration::from_millis(250))
+    }
+
+    /// How long to wait now.
+    pub(crate) fn pause(&mut self, runtime: &Runtime) -> Duration {
+        // A floor of a tenth: full jitter alone may draw a row of near-zero waits, which is a hot loop.
+        let pause = self.next / 10 + runtime.jitter(self.next);
+        self.next = (self.next * 2).min(self.most);
+        pause
+    }
+
+    pub(crate) async fn wait(&mut self, runtime: &Runtime) {
+        tokio::time::sleep(self.pause(runtime)).await;
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn clock() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn clock() -> u64 {
+    use std::{sync::OnceLock, time::Instant};
+    static START: OnceLock<Instant> = OnceLock::new();
+    nanos(START.get_or_init(Instant::now).elapsed())
+}
