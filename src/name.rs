@@ -56,9 +56,9 @@ impl Prefix {
     }
 
     /// The key of one place in this line: `{name}/{lease}-{nonce}`, both in lower-case hexadecimal digits.
-    pub(crate) fn place(&self, lease: i64, nonce: u64) -> Vec<u8> {
+    pub(crate) fn place(&self, lease: i64, nonce: u32) -> Vec<u8> {
         let mut key = self.0.clone();
-        key.extend_from_slice(format!("{lease:x}-{nonce:016x}").as_bytes());
+        key.extend_from_slice(format!("{lease:x}-{nonce:x}").as_bytes());
         key
     }
 
@@ -144,7 +144,7 @@ mod tests {
         let prefix = Prefix::of_name(b"/a//b\xff").unwrap();
         assert_eq!(prefix.as_bytes(), b"/a//b\xff/");
         assert_eq!(prefix.end(), b"/a//b\xff0");
-        assert_eq!(prefix.place(0xAB, 1), b"/a//b\xff/ab-0000000000000001");
+        assert_eq!(prefix.place(0xAB, 1), b"/a//b\xff/ab-1");
     }
 
     #[test]

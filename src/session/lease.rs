@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::SessionState;
-use super::owned_key::Slots;
+use super::owned_key::{Nonces, Slots};
 use super::rpc::{self, Failure, Rpc};
 use super::runtime::{Backoff, Runtime, Time};
 use crate::error::{Error, Result};
@@ -34,6 +34,7 @@ pub(crate) struct Generation {
     /// Never 0: a key with lease 0 would stay for ever.
     pub(crate) lease: NonZeroI64,
     pub(crate) slots: Slots,
+    pub(crate) nonces: Arc<Nonces>,
     deadline: AtomicU64,
     ended: CancellationToken,
     runtime: Arc<Runtime>,
@@ -45,7 +46,15 @@ const OVER: u64 = 0;
 impl Generation {
     fn new(number: u64, lease: NonZeroI64, deadline: Time, runtime: Arc<Runtime>) -> Self {
         let deadline = AtomicU64::new(deadline.0);
-        Self { number, lease, slots: Slots::default(), deadline, ended: CancellationToken::new(), runtime }
+        Self {
+            number,
+            lease,
+            slots: Slots::default(),
+            nonces: Arc::default(),
+            deadline,
+            ended: CancellationToken::new(),
+            runtime,
+        }
     }
 
     /// Whether the lease certainly lives. Compares clocks in the caller's thread; once false, false for ever.

@@ -172,8 +172,10 @@ impl Line {
         let core = session.core();
         // A watch that runs already is joined before the entry is sent: then it covers all that follows the entry.
         let watch = core.deletions.join(&self.range);
+        let nonce = generation.nonces.take();
         let creation = Creation {
-            key: self.prefix.place(generation.lease.get(), core.runtime.random()),
+            key: self.prefix.place(generation.lease.get(), nonce.number),
+            nonce,
             value: value.to_vec(),
             only_if: None,
             reads: vec![self.standing_op(None)],
@@ -208,8 +210,10 @@ impl Line {
         let core = session.core();
         let nobody = Compare::create_revision(self.prefix.as_bytes(), CompareOp::Equal, 0)
             .with_range(self.prefix.end());
+        let nonce = generation.nonces.take();
         let creation = Creation {
-            key: self.prefix.place(generation.lease.get(), core.runtime.random()),
+            key: self.prefix.place(generation.lease.get(), nonce.number),
+            nonce,
             value: value.to_vec(),
             only_if: Some(nobody),
             reads: Vec::new(),

@@ -52,6 +52,40 @@ impl Slots {
     }
 }
 
+/// Numbers for key names, each used by one key at a time.
+///
+/// Names are used again, because etcd keeps an index entry of every name it ever saw until it is compacted, and a range
+/// walks over all of them: a lock with a new name for each hold would become slower with each. One pool serves all
+/// names of a generation, so a number whose key may still exist is out of use everywhere.
+#[derive(Debug, Default)]
+pub(crate) struct Nonces {
+    free: Mutex<Vec<u32>>,
+    made: AtomicU32,
+}
+
+/// A number on loan. If it is not given back it is never used again, which is right when it is unknown whether its key
+/// is gone.
+#[derive(Debug)]
+pub(crate) struct Nonce {
+    pool: Arc<Nonces>,
+    pub(crate) number: u32,
+}
+
+impl Nonces {
+    pub(crate) fn take(self: &Arc<Self>) -> Nonce {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let number = free.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
+        Nonce { pool: self.clone(), number }
+    }
+}
+
+impl Nonce {
+    /// The key is gone.
+    fn give_back(self) {
+        self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
+    }
+}
+
 /// A step of a slot, as parts of a transaction.
 struct Step {
     key: Vec<u8>,
@@ -87,6 +121,8 @@ pub(crate) struct Owned {
     pub(crate) create_revision: i64,
     /// Cancelled when the key was deleted by somebody else.
     gone: CancellationToken,
+    /// Given back when the key is gone.
+    nonce: Mutex<Option<Nonce>>,
 }
 
 /// A key just created.
@@ -110,6 +146,8 @@ pub(crate) enum Deleted {
 /// A key to create.
 pub(crate) struct Creation {
     pub(crate) key: Vec<u8>,
+    /// What makes the key's name unlike all others that exist.
+    pub(crate) nonce: Nonce,
     pub(crate) value: Vec<u8>,
     /// Create only if this holds as well.
     pub(crate) only_if: Option<Compare>,
@@ -125,7 +163,9 @@ impl Creation {
     /// When dropped, the key will not exist: it is not created, or deleted again, by the session.
     pub(crate) async fn run(self, core: &Arc<Core>, generation: &Arc<Generation>) -> Result<Option<Created>> {
         let (answer, answered) = oneshot::channel();
-        let task = Task { core: core.clone(), generation: generation.clone(), creation: self };
+        let Self { key, nonce, value, only_if, reads } = self;
+        let (core_of_task, generation) = (core.clone(), generation.clone());
+        let task = Task { core: core_of_task, generation, key, nonce: Some(nonce), value, only_if, reads };
         core.runtime.spawn(task.run(answer));
         // The task ends without an answer only when its runtime does.
         answered.await.unwrap_or(Err(Error::Closed))
@@ -136,7 +176,12 @@ impl Creation {
 struct Task {
     core: Arc<Core>,
     generation: Arc<Generation>,
-    creation: Creation,
+    key: Vec<u8>,
+    /// Goes to the created key.
+    nonce: Option<Nonce>,
+    value: Vec<u8>,
+    only_if: Option<Compare>,
+    reads: Vec<TxnOp>,
 }
 
 /// What one answered attempt says.
@@ -149,20 +194,24 @@ enum Outcome {
 }
 
 impl Task {
-    async fn run(self, mut answer: oneshot::Sender<Result<Option<Created>>>) {
-        let mut slot = self.generation.slots.take();
+    async fn run(mut self, mut answer: oneshot::Sender<Result<Option<Created>>>) {
+        let generation = self.generation.clone();
+        let mut slot = generation.slots.take();
         let mut unanswered = false;
         let mut backoff = Backoff::of_requests();
         let result = loop {
             let attempt = tokio::select! {
                 biased;
                 () = answer.closed() => return self.give_up(slot).await,
-                () = self.generation.ended() => break Err(self.lost()),
+                () = generation.ended() => break Err(self.lost()),
                 attempt = self.attempt(&mut slot) => attempt,
             };
             match attempt {
                 Ok(Outcome::Created(created)) => break Ok(Some(created)),
-                Ok(Outcome::Not) => break Ok(None),
+                Ok(Outcome::Not) => {
+                    self.nonce.take().into_iter().for_each(Nonce::give_back);
+                    break Ok(None);
+                }
                 Ok(Outcome::Stale) => {}
                 Err(Failure::LeaseGone) => {
                     self.generation.end();
@@ -188,8 +237,8 @@ impl Task {
     }
 
     /// One attempt. Leaves the slot as etcd has it, when that is known.
-    async fn attempt(&self, slot: &mut Slot) -> Result<Outcome, Failure> {
-        let Creation { key, value, only_if, reads } = &self.creation;
+    async fn attempt(&mut self, slot: &mut Slot) -> Result<Outcome, Failure> {
+        let Self { key, value, only_if, reads, .. } = &*self;
         let step = self.step(slot);
         let put = TxnOp::put(key.clone(), value.clone(), Some(PutOptions::new().with_lease(step.lease)));
         let mut compares = vec![step.compare()];
@@ -216,20 +265,21 @@ impl Task {
         })
     }
 
-    fn created(&self, create_revision: i64, reads: Option<(Vec<PbResponseOp>, i64)>) -> Created {
+    fn created(&mut self, create_revision: i64, reads: Option<(Vec<PbResponseOp>, i64)>) -> Created {
         let facts = Owned {
             core: self.core.clone(),
             generation: self.generation.clone(),
-            key: self.creation.key.clone(),
+            key: self.key.clone(),
             create_revision,
             gone: CancellationToken::new(),
+            nonce: Mutex::new(self.nonce.take()),
         };
         Created { key: OwnedKey { facts: Arc::new(facts), released: false }, reads }
     }
 
     /// Sees to it that no attempt made so far leaves a key.
     async fn give_up(self, mut slot: Slot) {
-        let key = &self.creation.key;
+        let key = &self.key;
         let mut backoff = Backoff::of_requests();
         loop {
             let delete = TxnOp::delete(key.clone(), None);
@@ -242,7 +292,8 @@ impl Task {
             match attempt {
                 Ok(response) => {
                     slot.revision = revision(response.header());
-                    return self.generation.slots.give_back(slot);
+                    self.generation.slots.give_back(slot);
+                    return self.nonce.into_iter().for_each(Nonce::give_back);
                 }
                 Err(Failure::LeaseGone) => return self.generation.end(),
                 // Without space the slot cannot move, but the key can go; late copies are refused as long.
@@ -261,7 +312,7 @@ impl Task {
     }
 
     fn lost(&self) -> Error {
-        Error::Lost { key: name::display(&self.creation.key) }
+        Error::Lost { key: name::display(&self.key) }
     }
 }
 
@@ -275,8 +326,12 @@ impl OwnedKey {
         key: Vec<u8>,
         create_revision: i64,
     ) -> Self {
-        let (core, generation, gone) = (core.clone(), generation.clone(), CancellationToken::new());
-        Self { facts: Arc::new(Owned { core, generation, key, create_revision, gone }), released: false }
+        let (core, generation) = (core.clone(), generation.clone());
+        let (gone, nonce) = (CancellationToken::new(), Mutex::new(None));
+        Self {
+            facts: Arc::new(Owned { core, generation, key, create_revision, gone, nonce }),
+            released: false,
+        }
     }
 
     /// Leaves the key to its lease.
@@ -345,6 +400,13 @@ impl Owned {
     }
 
     async fn delete(&self, reads: Vec<TxnOp>) -> Deleted {
+        let deleted = self.delete_for_sure(reads).await;
+        let nonce = self.nonce.lock().unwrap_or_else(PoisonError::into_inner).take();
+        nonce.into_iter().for_each(Nonce::give_back);
+        deleted
+    }
+
+    async fn delete_for_sure(&self, reads: Vec<TxnOp>) -> Deleted {
         if !self.generation.is_alive() {
             return Deleted::Lost;
         }
