@@ -8,6 +8,19 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+/// Waits for the end of its input, kills process `$1`, and removes directory `$2` if given. A killed process
+/// may still make files for a moment, so that is tried until it holds.
+const WATCHDOG: &str = r#"
+read -r _
+kill -9 "$1" 2>/dev/null
+[ -n "$2" ] || exit
+for try in 1 2 3 4 5 6 7 8 9 10; do
+    rm -rf -- "$2" 2>/dev/null
+    sleep 0.1
+    [ -e "$2" ] || exit
+done
+"#;
+
 /// A started process with a watchdog.
 ///
 /// The watchdog is a small shell that waits for the end of its standard input, which comes when this process
@@ -24,9 +37,8 @@ impl Process {
     /// process). `directory` is removed by the watchdog if this process dies first.
     pub(crate) fn spawn(mut command: Command, directory: Option<&Path>) -> std::io::Result<Self> {
         let child = command.process_group(0).spawn()?;
-        let script = r#"read -r _; kill -9 "$1" 2>/dev/null; [ -z "$2" ] || rm -rf -- "$2""#;
         let watchdog = Command::new("sh")
-            .args(["-c", script, "watchdog", &child.id().to_string()])
+            .args(["-c", WATCHDOG, "watchdog", &child.id().to_string()])
             .arg(directory.unwrap_or_else(|| Path::new("")))
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
