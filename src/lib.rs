@@ -1,5 +1,61 @@
-//! Coordination for services on an [etcd](https://etcd.io) v3 cluster: one shared session, and on it a fair mutex with
-//! fencing and leader election.
+//! Coordination for services on an [etcd](https://etcd.io) v3 cluster: one shared [`Session`], and on it a fair
+//! [`Mutex`] with fencing and leader [`Election`].
+//!
+//! # Which one to take
+//!
+//! | You want | Take | You get |
+//! |---|---|---|
+//! | one process at a time in a critical section | [`Mutex`] | [`MutexGuard`] |
+//! | one process that leads until it stops or dies, and everybody to know who it is | [`Election`] | [`Leadership`] |
+//! | to know who leads, without running | [`Election::observe`] | a stream of [`Observation`]s |
+//!
+//! Both stand on a [`Session`]: one lease at etcd, kept alive in the background. One session per process is right for
+//! most; everything made from it is cheap.
+//!
+//! # A short tour
+//!
+//! ```no_run
+//! use etcd_recipes::etcd_client::{Txn, TxnOp};
+//! use etcd_recipes::{Mutex, Session};
+//!
+//! # async fn example() -> etcd_recipes::Result<()> {
+//! let session = Session::connect(["127.0.0.1:2379"]).await?;
+//! let mutex = Mutex::new(&session, "reports")?;
+//!
+//! let guard = mutex.lock().await?;
+//! // Committed by etcd only while the lock is held, whatever became of this process meanwhile.
+//! guard.txn(Txn::new().and_then([TxnOp::put("report", "done", None)])).await?;
+//! // Any other store can refuse tokens that are lower than one it has seen.
+//! let token: i64 = guard.token();
+//! // Stop when the lock is lost.
+//! guard.run(async { /* … */ }).await?;
+//! guard.unlock().await?;
+//!
+//! session.close().await?;
+//! # Ok(()) }
+//! ```
+//!
+//! # What holds
+//!
+//! - **Exclusion at etcd.** At most one contender of a name holds it, over all programs that use the layout of etcd's
+//!   Go package: this crate, Go, Java, `etcdctl lock`.
+//! - **Order.** Contenders are served in the order etcd received them.
+//! - **Fencing.** Each hold has a token larger than all before it, and transactions can be tied to it.
+//! - **Loss is known first here.** [`MutexGuard::is_held`] turns false before etcd gives the lock to somebody else, also
+//!   after the process was stopped, the runtime was blocked or the network went silent. What a lock can *not* promise
+//!   is told in [`mutex`].
+//! - **Nothing is done twice, nothing reappears.** A request whose answer was lost is sent again so that only one copy
+//!   can take effect, and a copy that arrives late takes none.
+//! - **Every future may be dropped.** No key, no task and no place in line is left behind; each method says so under
+//!   "Cancel safety".
+//!
+//! # Conventions
+//!
+//! Times are [`Duration`](std::time::Duration)s, lease times whole seconds; revisions and tokens are etcd revisions.
+//! Everything runs on [tokio](https://tokio.rs); a session belongs to the runtime it was connected in. Progress is
+//! reported with [`tracing`](https://docs.rs/tracing): `warn` when something is lost, `info` when the session changes
+//! its state, `debug` for retries. Values never appear in logs, nor do passwords; note that the `trace` level of HTTP
+//! libraries prints headers, in which etcd's auth token travels.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod error;
@@ -17,3 +73,8 @@ pub use crate::mutex::{Mutex, MutexGuard};
 pub use crate::name::MAX_NAME;
 pub use crate::session::participant::Participant;
 pub use crate::session::{Session, SessionBuilder, SessionState};
+
+// The examples of the README are compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
