@@ -20,6 +20,7 @@ mod owned_key;
 pub(crate) mod participant;
 pub(crate) mod rpc;
 mod runtime;
+mod slots;
 pub(crate) mod view;
 pub(crate) mod watch;
 

@@ -21,9 +21,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::SessionState;
-use super::owned_key::{Nonces, Slots};
 use super::rpc::{self, Failure, Rpc};
 use super::runtime::{Backoff, Runtime, Time};
+use super::slots::{Nonces, Slots};
 use crate::error::{Error, Result};
 use crate::name;
 

@@ -24,20 +24,22 @@
 //! transaction, of a read, of a release by the same session that read the own key, or of the deletion that emptied the
 //! set ahead. Later holders see a later revision, so tokens grow strictly from holder to holder.
 
+mod place;
+mod wait;
+
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use etcd_client::proto::PbResponseOp;
-use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, Txn, TxnOp, TxnResponse};
-use tokio::sync::{Notify, oneshot};
-use tokio::task::AbortHandle;
+use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, SortOrder, SortTarget, TxnOp};
+use tokio::sync::Notify;
 
+pub(crate) use self::place::Place;
+use self::wait::Waiter;
 use super::lease::Generation;
-use super::owned_key::{Created, Creation, Deleted, Owned, OwnedKey};
+use super::owned_key::{Created, Creation, OwnedKey};
 use super::rpc::{KeyFacts, RangeAnswer, revision};
-use super::watch::{Event, News, Range, Subscription};
+use super::watch::Range;
 use super::{Core, Session};
 use crate::error::{Error, Result};
 use crate::name::{self, Prefix};
@@ -45,9 +47,6 @@ use crate::name::{self, Prefix};
 /// How many places before the front a contender begins to follow the line. With it, the number of processes that hear
 /// of one release is bounded.
 const FRONT: i64 = 8;
-
-/// A hold younger than this is not watched: most are released earlier.
-const UNWATCHED: Duration = Duration::from_millis(20);
 
 /// The line of one name, as one session sees it. Shared by all who use the name in this session.
 pub(crate) struct Line {
@@ -82,24 +81,6 @@ struct Membership {
     line: Arc<Line>,
     position: Position,
     mailbox: Arc<Mailbox>,
-}
-
-/// The first place in a line: an acquired lock, or a leadership. Given up in the background when dropped.
-pub(crate) struct Place {
-    session: Session,
-    token: i64,
-    facts: Arc<Owned>,
-    /// `None` once left.
-    held: Option<Held>,
-}
-
-/// What is to be given back.
-struct Held {
-    key: OwnedKey,
-    membership: Membership,
-    monitor: AbortHandle,
-    /// The line is being followed: it is contended.
-    follows: bool,
 }
 
 /// One key of a line, for people to look at.
@@ -252,7 +233,7 @@ impl Line {
     pub(crate) async fn members(&self, core: &Core) -> Result<Vec<Member>> {
         let options = GetOptions::new().with_range(self.prefix.end());
         let response = core.rpc.get(self.prefix.as_bytes(), options, Some(super::rpc::READ_LIMIT)).await?;
-        let member = |kv: &etcd_client::KeyValue| Member { facts: kv.into(), value: kv.value().to_vec() };
+        let member = |kv: &KeyValue| Member { facts: kv.into(), value: kv.value().to_vec() };
         let mut members: Vec<Member> = response.kvs().iter().map(member).collect();
         members.sort_by(|a, b| {
             (a.facts.create_revision, &a.facts.key).cmp(&(b.facts.create_revision, &b.facts.key))
@@ -379,349 +360,5 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         self.line.leave(&self.position, None);
-    }
-}
-
-// === waiting ===
-
-/// A contender on its way to the front.
-struct Waiter<'a> {
-    core: &'a Arc<Core>,
-    generation: &'a Arc<Generation>,
-    line: &'a Arc<Line>,
-    facts: &'a Arc<Owned>,
-    membership: &'a Membership,
-    /// A share of the line's watch.
-    watch: Option<Subscription>,
-}
-
-/// Why a waiter looks again.
-enum Wake {
-    /// Its turn: the revision that made it so.
-    First(i64),
-    /// What is ahead may have changed; this is known of it.
-    Look(Option<Standing>),
-    /// The key it watched is gone, so the front is near.
-    Near,
-}
-
-impl Waiter<'_> {
-    /// Waits until the own key is the first of the line; gives the token.
-    async fn wait(&mut self, mut known: Option<Standing>) -> Result<i64> {
-        loop {
-            if known.as_ref().is_some_and(Standing::is_first) {
-                return Ok(known.map_or(0, |standing| standing.revision));
-            }
-            let wake = if self.membership.leads() {
-                let standing = match known.take() {
-                    Some(standing) => standing,
-                    None => self.look().await?,
-                };
-                if standing.is_first() {
-                    return Ok(standing.revision);
-                } else if standing.more {
-                    self.watch = None;
-                    self.watch_from_afar(standing).await?
-                } else {
-                    self.follow(standing).await?
-                }
-            } else {
-                self.watch = None;
-                Wake::Look(self.mail().await?)
-            };
-            known = match wake {
-                Wake::First(token) => return Ok(token),
-                Wake::Look(standing) => standing,
-                Wake::Near => {
-                    // Watched before the read, the line needs no second one.
-                    self.line_watch().await?;
-                    None
-                }
-            };
-        }
-    }
-
-    /// Follows the deletions of the whole line, with everybody ahead known.
-    async fn follow(&mut self, mut standing: Standing) -> Result<Wake> {
-        let Some(covered) = self.line_watch().await? else { return Ok(Wake::Look(None)) };
-        if covered > standing.revision {
-            standing = self.look().await?;
-            if standing.is_first() || standing.more {
-                return Ok(Wake::Look(Some(standing)));
-            }
-        }
-        let Some(mut watch) = self.watch.take() else { return Ok(Wake::Look(None)) };
-        let mut heard = standing.revision;
-        loop {
-            let news = tokio::select! {
-                biased;
-                () = self.generation.ended() => return Err(self.facts.error()),
-                news = watch.next() => news?,
-                told = self.mail() => match told? {
-                    // Older than what was heard already: going back would wait for deletions that came before.
-                    Some(told) if told.revision <= heard => continue,
-                    told => {
-                        self.watch = Some(watch);
-                        return Ok(Wake::Look(told));
-                    }
-                },
-            };
-            let News::Events(events) = news else { return Ok(Wake::Look(None)) };
-            heard = events.last().map_or(heard, |event| event.revision.max(heard));
-            let mut emptied = None;
-            for event in events.iter().filter(|event| event.revision > standing.revision) {
-                if event.key == self.facts.key {
-                    return Err(self.facts.error());
-                }
-                let before = standing.ahead.len();
-                standing.ahead.retain(|key| *key != event.key);
-                if before > 0 && standing.ahead.is_empty() {
-                    emptied = Some(event.revision);
-                }
-            }
-            if let Some(token) = emptied {
-                self.watch = Some(watch);
-                return Ok(Wake::First(token));
-            }
-        }
-    }
-
-    /// Watches one key some places ahead.
-    async fn watch_from_afar(&mut self, mut standing: Standing) -> Result<Wake> {
-        let Some(target) = standing.ahead.last().cloned() else { return Ok(Wake::Look(None)) };
-        let mut watch = self.core.deletions.watch(&Range::key(&target));
-        let Some(covered) = self.alive(watch.covered()).await?? else { return Ok(Wake::Look(None)) };
-        if covered > standing.revision {
-            standing = self.look().await?;
-            if !standing.ahead.contains(&target) {
-                return Ok(Wake::Look(Some(standing)));
-            }
-        }
-        loop {
-            let news = tokio::select! {
-                biased;
-                () = self.generation.ended() => return Err(self.facts.error()),
-                news = watch.next() => news?,
-                standing = self.mail() => return Ok(Wake::Look(standing?)),
-            };
-            let News::Events(events) = news else { return Ok(Wake::Look(None)) };
-            if events.iter().any(|event| event.revision > standing.revision) {
-                return Ok(Wake::Near);
-            }
-        }
-    }
-
-    /// Takes a share of the line's watch, and tells above which revision it tells everything.
-    async fn line_watch(&mut self) -> Result<Option<i64>> {
-        let mut watch = self.watch.take().unwrap_or_else(|| self.core.deletions.watch(&self.line.range));
-        let covered = self.alive(watch.covered()).await??;
-        self.watch = covered.is_some().then_some(watch);
-        Ok(covered)
-    }
-
-    /// Reads who is ahead.
-    async fn look(&self) -> Result<Standing> {
-        let (prefix, me) = (self.line.prefix.as_bytes(), &self.membership.position);
-        let read = Box::pin(self.core.rpc.get(prefix, self.line.standing_options(Some(me.0)), None));
-        let response = self.alive(read).await??;
-        let keys = response.kvs().iter().map(KeyFacts::from);
-        Standing::read(keys, response.more(), me, revision(response.header()))
-            .ok_or_else(|| self.facts.error())
-    }
-
-    /// Waits for word from the contender of this session that was ahead.
-    async fn mail(&self) -> Result<Option<Standing>> {
-        let mailbox = &self.membership.mailbox;
-        self.alive(mailbox.arrived.notified()).await?;
-        Ok(mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner).take())
-    }
-
-    /// Runs `work` while the lease lives.
-    async fn alive<T>(&self, work: impl Future<Output = T>) -> Result<T> {
-        tokio::select! {
-            biased;
-            () = self.generation.ended() => Err(self.facts.error()),
-            done = work => Ok(done),
-        }
-    }
-}
-
-// === impl Place ===
-
-impl Place {
-    fn new(
-        session: Session,
-        key: OwnedKey,
-        membership: Membership,
-        watch: Option<Subscription>,
-        token: i64,
-    ) -> Result<Self> {
-        let facts = key.facts().clone();
-        let follows = watch.is_some();
-        let core = session.core();
-        let monitor = monitor(core.clone(), facts.clone(), membership.line.clone(), watch);
-        let monitor = core.runtime.spawn_abortable(monitor);
-        let held = Some(Held { key, membership, monitor, follows });
-        let place = Self { session, token, facts, held };
-        // The wait may have outlasted the lease.
-        if place.facts.is_held() { Ok(place) } else { Err(place.facts.error()) }
-    }
-
-    pub(crate) fn session(&self) -> &Session {
-        &self.session
-    }
-
-    pub(crate) fn token(&self) -> i64 {
-        self.token
-    }
-
-    pub(crate) fn facts(&self) -> &Arc<Owned> {
-        &self.facts
-    }
-
-    pub(crate) fn compare(&self) -> Compare {
-        self.facts.compare()
-    }
-
-    pub(crate) fn is_held(&self) -> bool {
-        self.facts.is_held()
-    }
-
-    /// Waits until the place is lost; holds on to nothing of the place itself.
-    pub(crate) fn lost(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
-        let facts = self.facts.clone();
-        async move { facts.lost().await }
-    }
-
-    pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnResponse> {
-        self.facts.txn(txn).await
-    }
-
-    /// Runs `work` while the place is held.
-    pub(crate) async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T> {
-        let done = tokio::select! {
-            biased;
-            () = self.facts.lost() => return Err(self.facts.error()),
-            done = work => done,
-        };
-        if self.is_held() { Ok(done) } else { Err(self.facts.error()) }
-    }
-
-    /// Gives up the guard and keeps the key.
-    pub(crate) fn detach(mut self) -> Arc<Owned> {
-        if let Some(held) = self.held.take() {
-            held.monitor.abort();
-            held.key.keep();
-        }
-        self.facts.clone()
-    }
-
-    /// Leaves the line. An error if the place was lost before.
-    ///
-    /// # Cancel safety
-    ///
-    /// When dropped, leaving goes on in the background.
-    pub(crate) async fn leave(mut self) -> Result<()> {
-        let Some(held) = self.held.take() else { return Err(self.facts.error()) };
-        let (answer, answered) = oneshot::channel();
-        let core = self.session.core();
-        core.runtime.spawn(held.leave(core.clone(), Some(answer)));
-        match answered.await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(self.facts.error()),
-            Err(_) => Err(Error::Closed),
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Some(held) = self.held.take() {
-            let core = self.session.core();
-            core.runtime.spawn(held.leave(core.clone(), None));
-        }
-    }
-}
-
-impl Held {
-    /// Deletes the key and hands over to the next contender of this session. Tells whether the place was held until
-    /// then.
-    async fn leave(self, core: Arc<Core>, answer: Option<oneshot::Sender<bool>>) {
-        let line = &self.membership.line;
-        let next = line.behind(&self.membership.position);
-        let mut reads = Vec::new();
-        if let Some(next) = &next {
-            reads.push(line.standing_op(Some(next.0)));
-        }
-        if self.follows {
-            // How long the line is decides whether it is worth following further.
-            let count = GetOptions::new().with_range(line.prefix.end()).with_count_only();
-            reads.push(TxnOp::get(line.prefix.as_bytes(), Some(count)));
-        }
-        let held = self.key.facts().is_held();
-        let deleted = self.key.delete(reads).await;
-        let mut standing = None;
-        if let Deleted::Now(responses, revision) = &deleted {
-            standing =
-                next.and_then(|next| Some((next.clone(), line.standing(responses, 0, &next, *revision)?)));
-            let count = responses.len().checked_sub(1).and_then(|op| RangeAnswer::of(responses, op));
-            if self.follows && count.is_some_and(|count| count.count() <= FRONT) {
-                core.deletions.linger(&line.range);
-            }
-        }
-        line.leave(&self.membership.position, standing);
-        self.monitor.abort();
-        if let Some(answer) = answer {
-            let _ = answer.send(held && !matches!(deleted, Deleted::Lost));
-        }
-    }
-}
-
-/// Watches the key of a hold, so that its deletion by somebody else is noticed.
-async fn monitor(core: Arc<Core>, facts: Arc<Owned>, line: Arc<Line>, watch: Option<Subscription>) {
-    let gone = || {
-        facts.set_gone();
-        // The session's next contender need not wait for the guard to be dropped.
-        line.leave(&(facts.create_revision, facts.key.clone()), None);
-    };
-    let watched = async {
-        let mut watch = match watch {
-            Some(watch) => watch,
-            None => {
-                tokio::time::sleep(UNWATCHED).await;
-                core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision + 1)
-            }
-        };
-        loop {
-            match watch.next().await {
-                Ok(News::Events(events)) => {
-                    let deleted =
-                        |event: &Event| event.key == facts.key && event.revision > facts.create_revision;
-                    if events.iter().any(deleted) {
-                        return gone();
-                    }
-                }
-                Ok(News::Gap) => {
-                    let range = Range::key(&facts.key);
-                    watch = core.deletions.watch(&range);
-                    if !matches!(watch.covered().await, Ok(Some(_))) {
-                        continue;
-                    }
-                    let options = GetOptions::new().with_keys_only();
-                    let Ok(read) = core.rpc.get(&facts.key, options, None).await else { return };
-                    if read.kvs().first().map(etcd_client::KeyValue::create_revision)
-                        != Some(facts.create_revision)
-                    {
-                        return gone();
-                    }
-                }
-                // Without permission to watch, the loss is found by the lease and by what is written.
-                Err(_) => return,
-            }
-        }
-    };
-    tokio::select! {
-        () = facts.generation.ended() => {}
-        () = watched => {}
     }
 }

@@ -1,21 +1,11 @@
 //! A key on the session's lease, released when its value is dropped.
-//!
-//! # Why no copy of a request can do harm
-//!
-//! A request without an answer may still be applied, later, even after its key was created, used and deleted by
-//! another copy of it. So the transaction that creates a key also takes a step of an *op slot*: it compares the slot's
-//! last `mod_revision` and writes the slot. The first copy to be applied moves the slot; every other finds it moved
-//! and does nothing, for ever, since revisions never come back. An operation that is given up moves the slot itself,
-//! in the transaction that deletes its key. Slots are bookkeeping keys on the lease, used again and again; their cost
-//! is one more put in a transaction that is sent anyway.
-//!
-//! A deletion compares the key's create revision, so copies of it are harmless by themselves.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+mod write;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
-use etcd_client::proto::{PbResponseOp, PbTxnOpResponse, PbTxnRequest, PbTxnResponse};
-use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnResponse};
+use etcd_client::proto::PbResponseOp;
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -23,89 +13,9 @@ use super::Core;
 use super::lease::Generation;
 use super::rpc::{Failure, RangeAnswer, revision};
 use super::runtime::Backoff;
+use super::slots::{Nonce, Slot, Step};
 use crate::error::{Error, Result};
 use crate::name;
-
-/// The op slots of one generation: as many as operations were ever under way at once.
-#[derive(Debug, Default)]
-pub(crate) struct Slots {
-    free: Mutex<Vec<Slot>>,
-    made: AtomicU32,
-}
-
-/// One op slot: the right to do one operation that must not be done twice.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    index: u32,
-    /// The slot's `mod_revision`, 0 while its key does not exist.
-    revision: i64,
-}
-
-impl Slots {
-    fn take(&self) -> Slot {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        free.unwrap_or_else(|| Slot { index: self.made.fetch_add(1, Ordering::Relaxed), revision: 0 })
-    }
-
-    fn give_back(&self, slot: Slot) {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
-    }
-}
-
-/// Numbers for key names, each used by one key at a time.
-///
-/// Names are used again, because etcd keeps an index entry of every name it ever saw until it is compacted, and a range
-/// walks over all of them: a lock with a new name for each hold would become slower with each. One pool serves all
-/// names of a generation, so a number whose key may still exist is out of use everywhere.
-#[derive(Debug, Default)]
-pub(crate) struct Nonces {
-    free: Mutex<Vec<u32>>,
-    made: AtomicU32,
-}
-
-/// A number on loan. If it is not given back it is never used again, which is right when it is unknown whether its key
-/// is gone.
-#[derive(Debug)]
-pub(crate) struct Nonce {
-    pool: Arc<Nonces>,
-    pub(crate) number: u32,
-}
-
-impl Nonces {
-    pub(crate) fn take(self: &Arc<Self>) -> Nonce {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let number = free.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
-        Nonce { pool: self.clone(), number }
-    }
-}
-
-impl Nonce {
-    /// The key is gone.
-    fn give_back(self) {
-        self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
-    }
-}
-
-/// A step of a slot, as parts of a transaction.
-struct Step {
-    key: Vec<u8>,
-    lease: i64,
-    seen: i64,
-}
-
-impl Step {
-    fn compare(&self) -> Compare {
-        Compare::mod_revision(self.key.clone(), CompareOp::Equal, self.seen)
-    }
-
-    fn put(&self) -> TxnOp {
-        TxnOp::put(self.key.clone(), "", Some(PutOptions::new().with_lease(self.lease)))
-    }
-
-    fn get(&self) -> TxnOp {
-        TxnOp::get(self.key.clone(), Some(GetOptions::new().with_keys_only()))
-    }
-}
 
 /// A key that this session created and that lives on its lease. Deleted in the background when dropped.
 pub(crate) struct OwnedKey {
@@ -240,7 +150,8 @@ impl Task {
     async fn attempt(&mut self, slot: &mut Slot) -> Result<Outcome, Failure> {
         let Self { key, value, only_if, reads, .. } = &*self;
         let step = self.step(slot);
-        let put = TxnOp::put(key.clone(), value.clone(), Some(PutOptions::new().with_lease(step.lease)));
+        let options = PutOptions::new().with_lease(self.generation.lease.get());
+        let put = TxnOp::put(key.clone(), value.clone(), Some(options));
         let mut compares = vec![step.compare()];
         compares.extend(only_if.clone());
         let mut then = vec![put, step.put()];
@@ -307,8 +218,7 @@ impl Task {
     }
 
     fn step(&self, slot: &Slot) -> Step {
-        let lease = self.generation.lease.get();
-        Step { key: name::slot(&self.core.namespace, lease, slot.index), lease, seen: slot.revision }
+        slot.step(&self.core.namespace, self.generation.lease.get())
     }
 
     fn lost(&self) -> Error {
@@ -440,145 +350,6 @@ impl Owned {
                 }
             }
         }
-    }
-
-    /// Puts a new value, if the last put of the key is still the one at `last`. Follows the request to its end.
-    pub(crate) async fn update(&self, value: Vec<u8>, last: &mut i64) -> Result<()> {
-        let mut unanswered = false;
-        let mut backoff = Backoff::of_requests();
-        let unknown = || Error::OutcomeUnknown { key: name::display(&self.key) };
-        loop {
-            let options = PutOptions::new().with_lease(self.generation.lease.get());
-            let txn = Txn::new()
-                .when([Compare::mod_revision(self.key.clone(), CompareOp::Equal, *last)])
-                .and_then([TxnOp::put(self.key.clone(), value.clone(), Some(options))])
-                .or_else([TxnOp::get(self.key.clone(), None)]);
-            let attempt = tokio::select! {
-                biased;
-                attempt = self.core.rpc.txn(&self.key, txn) => attempt,
-                () = self.generation.ended() => return Err(if unanswered { unknown() } else { self.error() }),
-            };
-            match attempt {
-                Ok(response) if response.succeeded() => {
-                    *last = revision(response.header());
-                    return Ok(());
-                }
-                Ok(response) => {
-                    let found = RangeAnswer::of(&response.0.responses, 0);
-                    let Some((facts, found)) = found.and_then(|found| found.first_value()) else {
-                        self.set_gone();
-                        return Err(self.error());
-                    };
-                    if facts.create_revision != self.create_revision {
-                        self.set_gone();
-                        return Err(self.error());
-                    }
-                    *last = facts.mod_revision;
-                    // An earlier copy of this put, or somebody who wrote over our value: then it is put again.
-                    if unanswered && found == value {
-                        return Ok(());
-                    }
-                }
-                Err(Failure::LeaseGone) => {
-                    self.generation.end();
-                    return Err(if unanswered { unknown() } else { self.error() });
-                }
-                Err(Failure::Refused(error)) => return Err(if unanswered { unknown() } else { error }),
-                Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_));
-                    backoff.wait(&self.core.runtime).await;
-                }
-            }
-        }
-    }
-
-    /// Runs the user's transaction if the key is there, at most once.
-    pub(crate) async fn txn(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse> {
-        let request = PbTxnRequest::from(txn.clone());
-        name::check_txn(&request)?;
-        if !self.is_held() {
-            return Err(self.error());
-        }
-        let plain = request.compare.is_empty();
-        let (answer, answered) = oneshot::channel();
-        let facts = self.clone();
-        self.core.runtime.spawn(async move {
-            let result = facts.guarded(txn, plain).await;
-            let _ = answer.send(result);
-        });
-        answered.await.unwrap_or(Err(Error::Closed))
-    }
-
-    /// Follows the user's transaction to its end; `plain` if it has no compares of its own.
-    async fn guarded(&self, txn: Txn, plain: bool) -> Result<TxnResponse> {
-        let lease = self.generation.lease.get();
-        let unknown = || Error::OutcomeUnknown { key: name::display(&self.key) };
-        let mut slot = self.generation.slots.take();
-        let mut unanswered = false;
-        let mut backoff = Backoff::of_requests();
-        let result = loop {
-            let key = name::slot(&self.core.namespace, lease, slot.index);
-            let step = Step { key, lease, seen: slot.revision };
-            let guarded = Txn::new()
-                .when([self.compare(), step.compare()])
-                .and_then([step.put(), TxnOp::txn(txn.clone())])
-                .or_else([
-                    step.get(),
-                    TxnOp::get(self.key.clone(), Some(GetOptions::new().with_keys_only())),
-                ]);
-            let attempt = tokio::select! {
-                biased;
-                attempt = self.core.rpc.txn(&self.key, guarded) => attempt,
-                // The slot is on the lease as well: nobody will use it again.
-                () = self.generation.ended() => return Err(if unanswered { unknown() } else { self.error() }),
-            };
-            match attempt {
-                Ok(response) => {
-                    let mut response = response.0;
-                    let header = response.header;
-                    if response.succeeded {
-                        slot.revision = revision(header.as_ref().map(Into::into));
-                        let inner = response.responses.pop().and_then(|op| op.response);
-                        let Some(PbTxnOpResponse::ResponseTxn(mut inner)) = inner else {
-                            break Err(unknown());
-                        };
-                        inner.header = header;
-                        break Ok(TxnResponse(inner));
-                    }
-                    let now = RangeAnswer::of(&response.responses, 0).and_then(|keys| keys.keys().next());
-                    let (seen, now) = (slot.revision, now.map_or(0, |slot| slot.mod_revision));
-                    slot.revision = now;
-                    let ours = RangeAnswer::of(&response.responses, 1).is_some_and(|keys| {
-                        keys.keys().any(|key| key.create_revision == self.create_revision)
-                    });
-                    if seen != now && unanswered {
-                        // Applied by an attempt whose answer was lost. Without compares of the user's there is only
-                        // one thing it can have done.
-                        break if plain {
-                            Ok(TxnResponse(PbTxnResponse { header, succeeded: true, responses: Vec::new() }))
-                        } else {
-                            Err(unknown())
-                        };
-                    }
-                    if !ours {
-                        self.set_gone();
-                        break Err(self.error());
-                    }
-                }
-                Err(Failure::LeaseGone) => {
-                    self.generation.end();
-                    return Err(if unanswered { unknown() } else { self.error() });
-                }
-                Err(Failure::Refused(error)) if !unanswered => break Err(error),
-                Err(Failure::Refused(_)) => return Err(unknown()),
-                Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_));
-                    backoff.wait(&self.core.runtime).await;
-                }
-            }
-        };
-        self.generation.slots.give_back(slot);
-        result
     }
 }
 

@@ -1,0 +1,213 @@
+//! The first place of a line: held, watched, and given up.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{Compare, GetOptions, KeyValue, Txn, TxnOp, TxnResponse};
+use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
+
+use super::{FRONT, Line, Membership};
+use crate::error::{Error, Result};
+use crate::session::owned_key::{Deleted, Owned, OwnedKey};
+use crate::session::rpc::RangeAnswer;
+use crate::session::watch::{Event, News, Range, Subscription};
+use crate::session::{Core, Session};
+
+/// A hold younger than this is not watched: most are released earlier.
+const UNWATCHED: Duration = Duration::from_millis(20);
+
+/// The first place in a line: an acquired lock, or a leadership. Given up in the background when dropped.
+pub(crate) struct Place {
+    session: Session,
+    token: i64,
+    facts: Arc<Owned>,
+    /// `None` once left.
+    held: Option<Held>,
+}
+
+/// What is to be given back.
+struct Held {
+    key: OwnedKey,
+    membership: Membership,
+    monitor: AbortHandle,
+    /// The line is being followed: it is contended.
+    follows: bool,
+}
+
+impl Place {
+    pub(super) fn new(
+        session: Session,
+        key: OwnedKey,
+        membership: Membership,
+        watch: Option<Subscription>,
+        token: i64,
+    ) -> Result<Self> {
+        let facts = key.facts().clone();
+        let follows = watch.is_some();
+        let core = session.core();
+        let monitor = monitor(core.clone(), facts.clone(), membership.line.clone(), watch);
+        let monitor = core.runtime.spawn_abortable(monitor);
+        let held = Some(Held { key, membership, monitor, follows });
+        let place = Self { session, token, facts, held };
+        // The wait may have outlasted the lease.
+        if place.facts.is_held() { Ok(place) } else { Err(place.facts.error()) }
+    }
+
+    pub(crate) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    pub(crate) fn token(&self) -> i64 {
+        self.token
+    }
+
+    pub(crate) fn facts(&self) -> &Arc<Owned> {
+        &self.facts
+    }
+
+    pub(crate) fn compare(&self) -> Compare {
+        self.facts.compare()
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.facts.is_held()
+    }
+
+    /// Waits until the place is lost; holds on to nothing of the place itself.
+    pub(crate) fn lost(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let facts = self.facts.clone();
+        async move { facts.lost().await }
+    }
+
+    pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnResponse> {
+        self.facts.txn(txn).await
+    }
+
+    /// Runs `work` while the place is held.
+    pub(crate) async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        let done = tokio::select! {
+            biased;
+            () = self.facts.lost() => return Err(self.facts.error()),
+            done = work => done,
+        };
+        if self.is_held() { Ok(done) } else { Err(self.facts.error()) }
+    }
+
+    /// Gives up the guard and keeps the key.
+    pub(crate) fn detach(mut self) -> Arc<Owned> {
+        if let Some(held) = self.held.take() {
+            held.monitor.abort();
+            held.key.keep();
+        }
+        self.facts.clone()
+    }
+
+    /// Leaves the line. An error if the place was lost before.
+    ///
+    /// # Cancel safety
+    ///
+    /// When dropped, leaving goes on in the background.
+    pub(crate) async fn leave(mut self) -> Result<()> {
+        let Some(held) = self.held.take() else { return Err(self.facts.error()) };
+        let (answer, answered) = oneshot::channel();
+        let core = self.session.core();
+        core.runtime.spawn(held.leave(core.clone(), Some(answer)));
+        match answered.await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.facts.error()),
+            Err(_) => Err(Error::Closed),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(held) = self.held.take() {
+            let core = self.session.core();
+            core.runtime.spawn(held.leave(core.clone(), None));
+        }
+    }
+}
+
+impl Held {
+    /// Deletes the key and hands over to the next contender of this session. Tells whether the place was held until
+    /// then.
+    async fn leave(self, core: Arc<Core>, answer: Option<oneshot::Sender<bool>>) {
+        let line = &self.membership.line;
+        let next = line.behind(&self.membership.position);
+        let mut reads = Vec::new();
+        if let Some(next) = &next {
+            reads.push(line.standing_op(Some(next.0)));
+        }
+        if self.follows {
+            // How long the line is decides whether it is worth following further.
+            let count = GetOptions::new().with_range(line.prefix.end()).with_count_only();
+            reads.push(TxnOp::get(line.prefix.as_bytes(), Some(count)));
+        }
+        let held = self.key.facts().is_held();
+        let deleted = self.key.delete(reads).await;
+        let mut standing = None;
+        if let Deleted::Now(responses, revision) = &deleted {
+            standing =
+                next.and_then(|next| Some((next.clone(), line.standing(responses, 0, &next, *revision)?)));
+            let count = responses.len().checked_sub(1).and_then(|op| RangeAnswer::of(responses, op));
+            if self.follows && count.is_some_and(|count| count.count() <= FRONT) {
+                core.deletions.linger(&line.range);
+            }
+        }
+        line.leave(&self.membership.position, standing);
+        self.monitor.abort();
+        if let Some(answer) = answer {
+            let _ = answer.send(held && !matches!(deleted, Deleted::Lost));
+        }
+    }
+}
+
+/// Watches the key of a hold, so that its deletion by somebody else is noticed.
+async fn monitor(core: Arc<Core>, facts: Arc<Owned>, line: Arc<Line>, watch: Option<Subscription>) {
+    let gone = || {
+        facts.set_gone();
+        // The session's next contender need not wait for the guard to be dropped.
+        line.leave(&(facts.create_revision, facts.key.clone()), None);
+    };
+    let watched = async {
+        let mut watch = match watch {
+            Some(watch) => watch,
+            None => {
+                tokio::time::sleep(UNWATCHED).await;
+                core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision + 1)
+            }
+        };
+        loop {
+            match watch.next().await {
+                Ok(News::Events(events)) => {
+                    let deleted =
+                        |event: &Event| event.key == facts.key && event.revision > facts.create_revision;
+                    if events.iter().any(deleted) {
+                        return gone();
+                    }
+                }
+                Ok(News::Gap) => {
+                    let range = Range::key(&facts.key);
+                    watch = core.deletions.watch(&range);
+                    if !matches!(watch.covered().await, Ok(Some(_))) {
+                        continue;
+                    }
+                    let options = GetOptions::new().with_keys_only();
+                    let Ok(read) = core.rpc.get(&facts.key, options, None).await else { return };
+                    if read.kvs().first().map(KeyValue::create_revision) != Some(facts.create_revision) {
+                        return gone();
+                    }
+                }
+                // Without permission to watch, the loss is found by the lease and by what is written.
+                Err(_) => return,
+            }
+        }
+    };
+    tokio::select! {
+        () = facts.generation.ended() => {}
+        () = watched => {}
+    }
+}

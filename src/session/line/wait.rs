@@ -1,0 +1,174 @@
+//! The way of a contender to the front of its line.
+
+use std::future::Future;
+use std::sync::{Arc, PoisonError};
+
+use super::{Line, Membership, Standing};
+use crate::error::Result;
+use crate::session::Core;
+use crate::session::lease::Generation;
+use crate::session::owned_key::Owned;
+use crate::session::rpc::{KeyFacts, revision};
+use crate::session::watch::{News, Range, Subscription};
+
+/// A contender on its way to the front.
+pub(super) struct Waiter<'a> {
+    pub(super) core: &'a Arc<Core>,
+    pub(super) generation: &'a Arc<Generation>,
+    pub(super) line: &'a Arc<Line>,
+    pub(super) facts: &'a Arc<Owned>,
+    pub(super) membership: &'a Membership,
+    /// A share of the line's watch.
+    pub(super) watch: Option<Subscription>,
+}
+
+/// Why a waiter looks again.
+enum Wake {
+    /// Its turn: the revision that made it so.
+    First(i64),
+    /// What is ahead may have changed; this is known of it.
+    Look(Option<Standing>),
+    /// The key it watched is gone, so the front is near.
+    Near,
+}
+
+impl Waiter<'_> {
+    /// Waits until the own key is the first of the line; gives the token.
+    pub(super) async fn wait(&mut self, mut known: Option<Standing>) -> Result<i64> {
+        loop {
+            if known.as_ref().is_some_and(Standing::is_first) {
+                return Ok(known.map_or(0, |standing| standing.revision));
+            }
+            let wake = if self.membership.leads() {
+                let standing = match known.take() {
+                    Some(standing) => standing,
+                    None => self.look().await?,
+                };
+                if standing.is_first() {
+                    return Ok(standing.revision);
+                } else if standing.more {
+                    self.watch = None;
+                    self.watch_from_afar(standing).await?
+                } else {
+                    self.follow(standing).await?
+                }
+            } else {
+                self.watch = None;
+                Wake::Look(self.mail().await?)
+            };
+            known = match wake {
+                Wake::First(token) => return Ok(token),
+                Wake::Look(standing) => standing,
+                Wake::Near => {
+                    // Watched before the read, the line needs no second one.
+                    self.line_watch().await?;
+                    None
+                }
+            };
+        }
+    }
+
+    /// Follows the deletions of the whole line, with everybody ahead known.
+    async fn follow(&mut self, mut standing: Standing) -> Result<Wake> {
+        let Some(covered) = self.line_watch().await? else { return Ok(Wake::Look(None)) };
+        if covered > standing.revision {
+            standing = self.look().await?;
+            if standing.is_first() || standing.more {
+                return Ok(Wake::Look(Some(standing)));
+            }
+        }
+        let Some(mut watch) = self.watch.take() else { return Ok(Wake::Look(None)) };
+        let mut heard = standing.revision;
+        loop {
+            let news = tokio::select! {
+                biased;
+                () = self.generation.ended() => return Err(self.facts.error()),
+                news = watch.next() => news?,
+                told = self.mail() => match told? {
+                    // Older than what was heard already: going back would wait for deletions that came before.
+                    Some(told) if told.revision <= heard => continue,
+                    told => {
+                        self.watch = Some(watch);
+                        return Ok(Wake::Look(told));
+                    }
+                },
+            };
+            let News::Events(events) = news else { return Ok(Wake::Look(None)) };
+            heard = events.last().map_or(heard, |event| event.revision.max(heard));
+            let mut emptied = None;
+            for event in events.iter().filter(|event| event.revision > standing.revision) {
+                if event.key == self.facts.key {
+                    return Err(self.facts.error());
+                }
+                let before = standing.ahead.len();
+                standing.ahead.retain(|key| *key != event.key);
+                if before > 0 && standing.ahead.is_empty() {
+                    emptied = Some(event.revision);
+                }
+            }
+            if let Some(token) = emptied {
+                self.watch = Some(watch);
+                return Ok(Wake::First(token));
+            }
+        }
+    }
+
+    /// Watches one key some places ahead.
+    async fn watch_from_afar(&mut self, mut standing: Standing) -> Result<Wake> {
+        let Some(target) = standing.ahead.last().cloned() else { return Ok(Wake::Look(None)) };
+        let mut watch = self.core.deletions.watch(&Range::key(&target));
+        let Some(covered) = self.alive(watch.covered()).await?? else { return Ok(Wake::Look(None)) };
+        if covered > standing.revision {
+            standing = self.look().await?;
+            if !standing.ahead.contains(&target) {
+                return Ok(Wake::Look(Some(standing)));
+            }
+        }
+        loop {
+            let news = tokio::select! {
+                biased;
+                () = self.generation.ended() => return Err(self.facts.error()),
+                news = watch.next() => news?,
+                standing = self.mail() => return Ok(Wake::Look(standing?)),
+            };
+            let News::Events(events) = news else { return Ok(Wake::Look(None)) };
+            if events.iter().any(|event| event.revision > standing.revision) {
+                return Ok(Wake::Near);
+            }
+        }
+    }
+
+    /// Takes a share of the line's watch, and tells above which revision it tells everything.
+    async fn line_watch(&mut self) -> Result<Option<i64>> {
+        let mut watch = self.watch.take().unwrap_or_else(|| self.core.deletions.watch(&self.line.range));
+        let covered = self.alive(watch.covered()).await??;
+        self.watch = covered.is_some().then_some(watch);
+        Ok(covered)
+    }
+
+    /// Reads who is ahead.
+    async fn look(&self) -> Result<Standing> {
+        let (prefix, me) = (self.line.prefix.as_bytes(), &self.membership.position);
+        let read = Box::pin(self.core.rpc.get(prefix, self.line.standing_options(Some(me.0)), None));
+        let response = self.alive(read).await??;
+        let keys = response.kvs().iter().map(KeyFacts::from);
+        Standing::read(keys, response.more(), me, revision(response.header()))
+            .ok_or_else(|| self.facts.error())
+    }
+
+    /// Waits for word from the contender of this session that was ahead.
+    async fn mail(&self) -> Result<Option<Standing>> {
+        let mailbox = &self.membership.mailbox;
+        self.alive(mailbox.arrived.notified()).await?;
+        Ok(mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner).take())
+    }
+
+    /// Runs `work` while the lease lives.
+    async fn alive<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.generation.ended() => Err(self.facts.error()),
+            done = work => Ok(done),
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Op slots and key names: what makes a request take effect once at most.
+//!
+//! # Why no copy of a request can do harm
+//!
+//! A request without an answer may still be applied, later, even after its key was created, used and deleted by
+//! another copy of it. So the transaction that creates a key also takes a step of an *op slot*: it compares the slot's
+//! last `mod_revision` and writes the slot. The first copy to be applied moves the slot; every other finds it moved
+//! and does nothing, for ever, since revisions never come back. An operation that is given up moves the slot itself,
+//! in the transaction that deletes its key. Slots are bookkeeping keys on the lease, used again and again; their cost
+//! is one more put in a transaction that is sent anyway.
+//!
+//! A deletion compares the key's create revision, so copies of it are harmless by themselves.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, TxnOp};
+
+use crate::name;
+
+/// The op slots of one generation: as many as operations were ever under way at once.
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    free: Mutex<Vec<Slot>>,
+    made: AtomicU32,
+}
+
+/// One op slot: the right to do one operation that must not be done twice.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    index: u32,
+    /// The slot's `mod_revision`, 0 while its key does not exist.
+    pub(crate) revision: i64,
+}
+
+impl Slots {
+    pub(crate) fn take(&self) -> Slot {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        free.unwrap_or_else(|| Slot { index: self.made.fetch_add(1, Ordering::Relaxed), revision: 0 })
+    }
+
+    pub(crate) fn give_back(&self, slot: Slot) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
+    }
+}
+
+impl Slot {
+    /// The parts of a transaction that takes the next step of this slot.
+    pub(crate) fn step(&self, namespace: &str, lease: i64) -> Step {
+        Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision }
+    }
+}
+
+/// Numbers for key names, each used by one key at a time.
+///
+/// Names are used again, because etcd keeps an index entry of every name it ever saw until it is compacted, and a range
+/// walks over all of them: a lock with a new name for each hold would become slower with each. One pool serves all
+/// names of a generation, so a number whose key may still exist is out of use everywhere.
+#[derive(Debug, Default)]
+pub(crate) struct Nonces {
+    free: Mutex<Vec<u32>>,
+    made: AtomicU32,
+}
+
+/// A number on loan. If it is not given back it is never used again, which is right when it is unknown whether its key
+/// is gone.
+#[derive(Debug)]
+pub(crate) struct Nonce {
+    pool: Arc<Nonces>,
+    pub(crate) number: u32,
+}
+
+impl Nonces {
+    pub(crate) fn take(self: &Arc<Self>) -> Nonce {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let number = free.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
+        Nonce { pool: self.clone(), number }
+    }
+}
+
+impl Nonce {
+    /// The key is gone.
+    pub(crate) fn give_back(self) {
+        self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
+    }
+}
+
+/// A step of a slot, as parts of a transaction.
+pub(crate) struct Step {
+    key: Vec<u8>,
+    lease: i64,
+    seen: i64,
+}
+
+impl Step {
+    pub(crate) fn compare(&self) -> Compare {
+        Compare::mod_revision(self.key.clone(), CompareOp::Equal, self.seen)
+    }
+
+    pub(crate) fn put(&self) -> TxnOp {
+        TxnOp::put(self.key.clone(), "", Some(PutOptions::new().with_lease(self.lease)))
+    }
+
+    pub(crate) fn get(&self) -> TxnOp {
+        TxnOp::get(self.key.clone(), Some(GetOptions::new().with_keys_only()))
+    }
+}

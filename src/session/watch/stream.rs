@@ -1,0 +1,317 @@
+//! The task that keeps one watch stream open and reads it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::proto::PbWatchResponse;
+use etcd_client::{GetOptions, WatchFilterType, WatchOptions, WatchRequestSender, WatchResponseStream};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Kind, Message, Request, Shared};
+use crate::session::rpc::{self, Failure, revision};
+use crate::session::runtime::Backoff;
+
+/// How long a watch that lingers stays without subscribers.
+const LINGER: Duration = Duration::from_secs(1);
+/// How long an empty stream stays open.
+const IDLE: Duration = Duration::from_secs(10);
+/// Silence after which the stream is suspected.
+const SILENCE: Duration = Duration::from_secs(15);
+/// How long a suspected stream has to answer.
+const GRACE: Duration = Duration::from_secs(5);
+/// The largest message: one event may carry a value at etcd's limit twice.
+const MAX_MESSAGE: usize = 64 * 1024 * 1024;
+
+/// The task of a hub.
+pub(super) struct Task {
+    pub(super) shared: Arc<Shared>,
+    pub(super) inbox: UnboundedReceiver<Request>,
+    pub(super) closing: CancellationToken,
+}
+
+/// One open stream.
+struct Stream {
+    responses: WatchResponseStream,
+    writer: UnboundedSender<Write>,
+    /// Creations without an answer, in the order they were sent: refusals carry no id.
+    pending: VecDeque<i64>,
+    /// The newest watch asked for on this stream; ids only grow.
+    newest: i64,
+    heard: Instant,
+    /// Set when the stream was asked for a sign of life.
+    asked: Option<Instant>,
+}
+
+enum Write {
+    Create(Vec<u8>, Box<WatchOptions>),
+    Cancel(i64),
+    Progress,
+}
+
+/// What a message means for the stream.
+enum Heard {
+    Fine,
+    /// A watch was cancelled for a reason that passes: open another stream.
+    Refused,
+    /// The same, and the token is no longer accepted.
+    Unauthenticated,
+}
+
+/// Why a stream is not used any more.
+enum End {
+    Closing,
+    Idle,
+    Broken,
+}
+
+impl Task {
+    pub(super) async fn run(mut self) {
+        let closing = self.closing.clone();
+        loop {
+            // Without watches there is no stream.
+            tokio::select! {
+                () = closing.cancelled() => return,
+                request = self.inbox.recv() => if request.is_none() { return },
+            }
+            let mut backoff = Backoff::of_requests();
+            while !self.shared.table().watches.is_empty() {
+                let opened = Instant::now();
+                let member = self.shared.rpc.endpoints.current();
+                let end = tokio::select! {
+                    () = closing.cancelled() => return,
+                    end = self.serve(member) => end,
+                };
+                match end {
+                    End::Closing => return,
+                    End::Idle => break,
+                    End::Broken => self.shared.rpc.endpoints.avoid(member),
+                }
+                if opened.elapsed() > GRACE {
+                    backoff = Backoff::of_requests();
+                }
+                backoff.wait(&self.shared.rpc.runtime).await;
+            }
+        }
+    }
+
+    /// Opens a stream with all watches on it and reads it as long as it works.
+    async fn serve(&mut self, member: usize) -> End {
+        while self.inbox.try_recv().is_ok() {
+            // Whatever it asks for, the table says it too.
+        }
+        let Some(mut stream) = self.open(member).await else { return End::Broken };
+        let mut empty_since = None;
+        loop {
+            let restless = !stream.pending.is_empty() || !self.shared.table().lingering.is_empty();
+            let tick = tokio::time::sleep(if restless { LINGER / 4 } else { GRACE / 2 });
+            tokio::select! {
+                biased;
+                message = stream.responses.message() => match message {
+                    Ok(Some(message)) => {
+                        (stream.heard, stream.asked) = (Instant::now(), None);
+                        match self.hear(&mut stream, message.0) {
+                            Heard::Fine => {}
+                            Heard::Refused => return End::Broken,
+                            Heard::Unauthenticated => {
+                                self.shared.rpc.log_in_again(member).await;
+                                return End::Broken;
+                            }
+                        }
+                    }
+                    Ok(None) => return End::Broken,
+                    Err(error) => {
+                        tracing::debug!(%error, "watch stream lost");
+                        if let Failure::Again(_) = rpc::classify(b"", error, self.shared.rpc.has_user) {
+                            self.shared.rpc.log_in_again(member).await;
+                        }
+                        return End::Broken;
+                    }
+                },
+                request = self.inbox.recv() => match request {
+                    Some(Request::Create(id)) => self.create(&mut stream, id),
+                    Some(Request::Cancel(id)) => { let _ = stream.writer.send(Write::Cancel(id)); }
+                    Some(Request::Linger) => {}
+                    None => return End::Closing,
+                },
+                () = tick => {}
+            }
+            self.sweep(&stream);
+            if self.shared.table().watches.is_empty() {
+                let since = *empty_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > IDLE {
+                    return End::Idle;
+                }
+            } else {
+                empty_since = None;
+                if !self.lives(&mut stream).await {
+                    return End::Broken;
+                }
+            }
+        }
+    }
+
+    async fn open(&self, member: usize) -> Option<Stream> {
+        let rpc = &self.shared.rpc;
+        let ids: Vec<i64> = self.shared.table().watches.keys().copied().collect();
+        let mut creations =
+            ids.iter().filter_map(|id| self.creation(*id).map(|(key, options)| (*id, key, options)));
+        let (first, key, options) = creations.next()?;
+        let open = async {
+            let client = rpc.endpoints.client(member).await?;
+            client.watch_client().max_decoding_message_size(MAX_MESSAGE).watch(key, Some(options)).await
+        };
+        let (requests, responses) = match tokio::time::timeout(rpc.timeout, open).await {
+            Ok(Ok(stream)) => stream.split(),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "no watch stream");
+                if let Failure::Again(_) = rpc::classify(b"", error, rpc.has_user) {
+                    rpc.log_in_again(member).await;
+                }
+                return None;
+            }
+            Err(_) => return None,
+        };
+        let (writer, inbox) = unbounded_channel();
+        // The client's own queue is bounded, and waiting for it here would keep the stream from being read.
+        rpc.runtime.spawn(write(requests, inbox));
+        let pending = VecDeque::from([first]);
+        let newest = ids.last().copied().unwrap_or(first);
+        let mut stream = Stream { responses, writer, pending, newest, heard: Instant::now(), asked: None };
+        for (id, key, options) in creations {
+            stream.pending.push_back(id);
+            let _ = stream.writer.send(Write::Create(key, Box::new(options)));
+        }
+        Some(stream)
+    }
+
+    fn create(&self, stream: &mut Stream, id: i64) {
+        if id <= stream.newest {
+            return;
+        }
+        stream.newest = id;
+        if let Some((key, options)) = self.creation(id) {
+            stream.pending.push_back(id);
+            let _ = stream.writer.send(Write::Create(key, Box::new(options)));
+        }
+    }
+
+    fn creation(&self, id: i64) -> Option<(Vec<u8>, WatchOptions)> {
+        let mut table = self.shared.table();
+        let watch = table.watches.get_mut(&id)?;
+        watch.fragments.clear();
+        let mut options = WatchOptions::new().with_watch_id(id).with_fragment();
+        if let Some(end) = &watch.range.end {
+            options = options.with_range(end.clone());
+        }
+        if let Some(told) = watch.told {
+            options = options.with_start_revision(told + 1);
+        }
+        if self.shared.kind == Kind::Deletions {
+            options = options.with_filters([WatchFilterType::NoPut]);
+        }
+        Some((watch.range.key.clone(), options))
+    }
+
+    /// Takes in one message.
+    fn hear(&self, stream: &mut Stream, message: PbWatchResponse) -> Heard {
+        let mut table = self.shared.table();
+        let mut id = message.watch_id;
+        if message.created {
+            let oldest = stream.pending.pop_front();
+            if message.canceled {
+                id = oldest.unwrap_or(id);
+            }
+        }
+        if message.canceled {
+            if message.compact_revision != 0 {
+                table.end(id, &Message::Gap);
+                return Heard::Fine;
+            }
+            if !table.watches.contains_key(&id) {
+                return Heard::Fine;
+            }
+            tracing::debug!(reason = message.cancel_reason, "watch cancelled");
+            if message.cancel_reason.contains("permission denied") {
+                table.end(id, &Message::Denied(message.cancel_reason.into()));
+                return Heard::Fine;
+            }
+            let stale = ["auth", "user name"].iter().any(|word| message.cancel_reason.contains(word));
+            return if stale { Heard::Unauthenticated } else { Heard::Refused };
+        }
+        let header = message.header.as_ref().map_or(0, |header| header.revision);
+        let Some(watch) = table.watches.get_mut(&id) else { return Heard::Fine };
+        if message.created {
+            match watch.told {
+                None => {
+                    watch.told = Some(header);
+                    watch.tell(&Message::Created(header));
+                }
+                // The store is older than what it told before: a restored backup.
+                Some(told) if header < told => table.end(id, &Message::Gap),
+                Some(_) => {}
+            }
+            return Heard::Fine;
+        }
+        watch.fragments.extend(message.events);
+        if !message.fragment && !watch.fragments.is_empty() {
+            watch.dispatch();
+        }
+        Heard::Fine
+    }
+
+    /// Ends the watches that have lingered long enough.
+    fn sweep(&self, stream: &Stream) {
+        let mut table = self.shared.table();
+        for id in std::mem::take(&mut table.lingering) {
+            match table.watches.get(&id).and_then(|watch| watch.alone_since) {
+                Some(since) if since.elapsed() > LINGER => {
+                    table.remove(id);
+                    let _ = stream.writer.send(Write::Cancel(id));
+                }
+                Some(_) => table.lingering.push(id),
+                None => {}
+            }
+        }
+    }
+
+    /// Whether the stream may still be trusted.
+    async fn lives(&self, stream: &mut Stream) -> bool {
+        let silence = stream.heard.elapsed();
+        if !stream.pending.is_empty() && silence > self.shared.rpc.timeout * 2 {
+            return false;
+        }
+        if let Some(asked) = stream.asked {
+            return asked.elapsed() < GRACE;
+        }
+        if silence > SILENCE {
+            let highest =
+                self.shared.table().watches.values().filter_map(|watch| watch.told).max().unwrap_or(0);
+            let options = GetOptions::new().with_count_only();
+            // A watch that starts in the future does not answer a progress request, so only ask once it cannot.
+            if let Ok(read) = self.shared.rpc.get(b"\0", options, Some(GRACE)).await
+                && revision(read.header()) >= highest
+            {
+                stream.asked = Some(Instant::now());
+                let _ = stream.writer.send(Write::Progress);
+            }
+        }
+        true
+    }
+}
+
+/// Passes requests on to the client's bounded queue.
+async fn write(mut requests: WatchRequestSender, mut inbox: UnboundedReceiver<Write>) {
+    while let Some(request) = inbox.recv().await {
+        let sent = match request {
+            Write::Create(key, options) => requests.watch(key, Some(*options)).await,
+            Write::Cancel(id) => requests.cancel(id).await,
+            Write::Progress => requests.request_progress().await,
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
