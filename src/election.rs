@@ -90,7 +90,9 @@ impl Election {
     ///
     /// When dropped, the candidacy is withdrawn and no key is left.
     pub async fn campaign(&self, value: impl Into<Vec<u8>>) -> Result<Leadership> {
-        Ok(Leadership::new(self.line.enter(&self.session, &value.into()).await?))
+        let value = value.into();
+        name::check_value(&value)?;
+        Ok(Leadership::new(self.line.enter(&self.session, || value.clone()).await?))
     }
 
     /// Reads who leads.

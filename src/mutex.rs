@@ -78,8 +78,8 @@ impl Mutex {
     ///
     /// When dropped, the place in line is given up and no key is left, also if the request was on its way.
     pub async fn lock(&self) -> Result<MutexGuard> {
-        let value = participant::describe(&self.session.core().identity);
-        Ok(MutexGuard { place: self.line.enter(&self.session, &value).await? })
+        let describe = || participant::describe(&self.session.core().identity);
+        Ok(MutexGuard { place: self.line.enter(&self.session, describe).await? })
     }
 
     /// Takes the lock if nobody holds it or waits for it; `None` otherwise. One request either way.
@@ -93,7 +93,7 @@ impl Mutex {
     /// When dropped, the lock is not taken, or given back.
     pub async fn try_lock(&self) -> Result<Option<MutexGuard>> {
         let value = participant::describe(&self.session.core().identity);
-        let place = self.line.try_enter(&self.session, &value).await?;
+        let place = self.line.try_enter(&self.session, value).await?;
         Ok(place.map(|place| MutexGuard { place }))
     }
 

@@ -427,6 +427,9 @@ impl SessionBuilder {
         if self.namespace.is_empty() || self.namespace.contains('\0') || !self.namespace.ends_with('/') {
             return refuse("namespace", "it must end with '/' and have no NUL");
         }
+        if self.identity.as_ref().is_some_and(|identity| identity.len() > 1024) {
+            return refuse("identity", "it is longer than 1,024 bytes");
+        }
         match &self.transport {
             Transport::Endpoints(endpoints) if endpoints.is_empty() => refuse("endpoints", "there are none"),
             Transport::Endpoints(endpoints)

@@ -56,7 +56,8 @@ impl Endpoints {
     /// The client of member `index`. The first call may log in; the caller bounds its time.
     pub(crate) async fn client(&self, index: usize) -> Result<Client, etcd_client::Error> {
         let member = &self.members[index % self.members.len()];
-        let connect = || Client::connect([member.name.as_str()], self.options.clone());
+        // Boxed, because it is large and rarely runs, and every request's future contains it.
+        let connect = || Box::pin(Client::connect([member.name.as_str()], self.options.clone()));
         member.client.get_or_try_init(connect).await.cloned()
     }
 }

@@ -129,15 +129,19 @@ impl Line {
     }
 
     /// Waits for the first place. When the session's lease is lost meanwhile, takes a new place at the end of the line.
+    /// `value` makes the value of each place's key.
     ///
     /// # Cancel safety
     ///
     /// When dropped, the place is given up.
-    pub(crate) async fn enter(self: &Arc<Self>, session: &Session, value: &[u8]) -> Result<Place> {
-        name::check_value(value)?;
+    pub(crate) async fn enter(
+        self: &Arc<Self>,
+        session: &Session,
+        value: impl Fn() -> Vec<u8>,
+    ) -> Result<Place> {
         loop {
             let generation = session.generation().await?;
-            match self.take_place(session, &generation, value).await {
+            match self.take_place(session, &generation, value()).await {
                 Err(Error::Lost { key }) => tracing::debug!(key, "lost the place in line; taking another"),
                 result => return result,
             }
@@ -148,7 +152,7 @@ impl Line {
         self: &Arc<Self>,
         session: &Session,
         generation: &Arc<Generation>,
-        value: &[u8],
+        value: Vec<u8>,
     ) -> Result<Place> {
         let core = session.core();
         // A watch that runs already is joined before the entry is sent: then it covers all that follows the entry.
@@ -157,7 +161,7 @@ impl Line {
         let creation = Creation {
             key: self.prefix.place(generation.lease.get(), nonce.number),
             nonce,
-            value: value.to_vec(),
+            value,
             only_if: None,
             reads: vec![self.standing_op(None)],
         };
@@ -184,9 +188,8 @@ impl Line {
     pub(crate) async fn try_enter(
         self: &Arc<Self>,
         session: &Session,
-        value: &[u8],
+        value: Vec<u8>,
     ) -> Result<Option<Place>> {
-        name::check_value(value)?;
         let generation = session.generation().await?;
         let core = session.core();
         let nobody = Compare::create_revision(self.prefix.as_bytes(), CompareOp::Equal, 0)
@@ -195,7 +198,7 @@ impl Line {
         let creation = Creation {
             key: self.prefix.place(generation.lease.get(), nonce.number),
             nonce,
-            value: value.to_vec(),
+            value,
             only_if: Some(nobody),
             reads: Vec::new(),
         };

@@ -40,20 +40,12 @@ impl Waiter<'_> {
                 return Ok(known.map_or(0, |standing| standing.revision));
             }
             let wake = if self.membership.leads() {
-                let standing = match known.take() {
-                    Some(standing) => standing,
-                    None => self.look().await?,
-                };
-                if standing.is_first() {
-                    return Ok(standing.revision);
-                } else if standing.more {
-                    self.watch = None;
-                    self.watch_from_afar(standing).await?
-                } else {
-                    self.follow(standing).await?
-                }
+                // Boxed, because few of many waiters are here.
+                Box::pin(self.lead(known.take())).await?
             } else {
                 self.watch = None;
+                // A waiter that only waits should be small.
+                drop(known.take());
                 Wake::Look(self.mail().await?)
             };
             known = match wake {
@@ -65,6 +57,22 @@ impl Waiter<'_> {
                     None
                 }
             };
+        }
+    }
+
+    /// Waits as the first of this session's contenders.
+    async fn lead(&mut self, known: Option<Standing>) -> Result<Wake> {
+        let standing = match known {
+            Some(standing) => standing,
+            None => self.look().await?,
+        };
+        if standing.is_first() {
+            Ok(Wake::First(standing.revision))
+        } else if standing.more {
+            self.watch = None;
+            self.watch_from_afar(standing).await
+        } else {
+            self.follow(standing).await
         }
     }
 
@@ -149,7 +157,7 @@ impl Waiter<'_> {
     /// Reads who is ahead.
     async fn look(&self) -> Result<Standing> {
         let (prefix, me) = (self.line.prefix.as_bytes(), &self.membership.position);
-        let read = Box::pin(self.core.rpc.get(prefix, self.line.standing_options(Some(me.0)), None));
+        let read = self.core.rpc.get(prefix, self.line.standing_options(Some(me.0)), None);
         let response = self.alive(read).await??;
         let keys = response.kvs().iter().map(KeyFacts::from);
         Standing::read(keys, response.more(), me, revision(response.header()))
