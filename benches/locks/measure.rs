@@ -1,0 +1,343 @@
+//! How each figure of the table is measured: next to its baseline, in alternating rounds.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use etcd_recipes::{Mutex, Session};
+use tokio::process::Command;
+use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+
+use crate::counters::{self, Counters};
+use crate::line::Line;
+use crate::load::{Load, Workload, fresh};
+use crate::proxy::DelayProxy;
+use crate::run;
+
+/// The section that hand-offs are measured with.
+const SECTION: Duration = Duration::from_millis(5);
+/// The section on the slow link.
+const LONG_SECTION: Duration = Duration::from_millis(50);
+/// What the slow link adds, each way.
+const LINK: Duration = Duration::from_millis(5);
+/// The section while it is counted who hears of a release.
+const SHORT_SECTION: Duration = Duration::from_millis(2);
+/// How long another program may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Something that gives one or several figures.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Measure {
+    LockPair,
+    DistinctLocks { locks: usize },
+    Handoff { waiters: usize, busy: bool },
+    SlowLink { waiters: usize },
+    Throughput { waiters: usize },
+    OneSession { tasks: usize },
+    Requests,
+    Audience { waiters: usize },
+    SessionMemory { sessions: usize },
+    WaiterMemory { waiters: usize, names: usize },
+}
+
+/// One figure and where it comes from.
+#[derive(Debug)]
+pub(crate) struct Figure {
+    pub(crate) value: f64,
+    pub(crate) origin: String,
+}
+
+/// Where and how thoroughly to measure.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    pub(crate) endpoint: String,
+    pub(crate) metrics: String,
+    pub(crate) quick: bool,
+    /// The peers' Go program.
+    pub(crate) go: Option<PathBuf>,
+}
+
+impl Bench {
+    /// Gives the figures in the order in which the plan names them; `None` for one that cannot be had here.
+    pub(crate) async fn measure(&self, measure: Measure) -> Result<Vec<Option<Figure>>> {
+        match measure {
+            Measure::LockPair => self.lock_pair().await,
+            Measure::DistinctLocks { locks } => self.distinct_locks(locks).await,
+            Measure::Handoff { waiters, busy } => self.handoff(waiters, busy).await,
+            Measure::SlowLink { waiters } => self.slow_link(waiters).await,
+            Measure::Throughput { waiters } => self.throughput(waiters).await,
+            Measure::OneSession { tasks } => self.one_session(tasks).await,
+            Measure::Requests => self.requests().await,
+            Measure::Audience { waiters } => self.audience(waiters).await,
+            Measure::SessionMemory { sessions } => self.session_memory(sessions).await,
+            Measure::WaiterMemory { waiters, names } => self.waiter_memory(waiters, names).await,
+        }
+    }
+
+    async fn lock_pair(&self) -> Result<Vec<Option<Figure>>> {
+        let ours = self.load(Workload::MutexUncontended, 1, 2.0);
+        let floor = self.load(Workload::FloorLockpair, 1, 2.0);
+        Ok(vec![Some(self.alternate(&ours, &floor).await?.ratio(Line::p50, millis))])
+    }
+
+    async fn distinct_locks(&self, locks: usize) -> Result<Vec<Option<Figure>>> {
+        let ours = self.load(Workload::MutexUncontended, locks, 2.0);
+        let floor = self.load(Workload::FloorLockpair, locks, 2.0);
+        Ok(vec![Some(self.alternate(&ours, &floor).await?.ratio(Line::ops_per_s, per_second))])
+    }
+
+    async fn handoff(&self, waiters: usize, busy: bool) -> Result<Vec<Option<Figure>>> {
+        let ours = Load { hold: SECTION, ..self.load(Workload::MutexContended, waiters, 3.0) };
+        let floor = Load { hold: SECTION, ..self.load(Workload::FloorHandoff, waiters, 3.0) };
+        let _others = if busy { Some(self.write_unrelated_keys().await?) } else { None };
+        let rounds = self.alternate(&ours, &floor).await?;
+        let tail = |line: &Line| line.p99() / line.p50();
+        let origin = format!(
+            "{} / {}; floor {:.1}",
+            millis(median(&rounds.measured, Line::p99)),
+            millis(median(&rounds.measured, Line::p50)),
+            median(&rounds.baseline, tail)
+        );
+        let tail = Figure { value: median(&rounds.measured, tail), origin };
+        Ok(vec![Some(rounds.ratio(Line::p50, millis)), Some(tail)])
+    }
+
+    async fn slow_link(&self, waiters: usize) -> Result<Vec<Option<Figure>>> {
+        let link = DelayProxy::start(&self.endpoint, LINK).await?;
+        let over_link = |load: Load| Load { endpoint: link.url.clone(), ..load };
+        let ours = over_link(self.load(Workload::MutexContended, waiters, 6.0));
+        let ours = Load { hold: LONG_SECTION, ..ours };
+        let floor = over_link(self.load(Workload::FloorWatch, 1, 2.0));
+        let floor = Load { mode: "delete".into(), ..floor };
+        Ok(vec![Some(self.alternate(&ours, &floor).await?.ratio(Line::p50, millis))])
+    }
+
+    async fn throughput(&self, waiters: usize) -> Result<Vec<Option<Figure>>> {
+        let ours = self.load(Workload::MutexContended, waiters, 3.0);
+        let (rate, ratio, lines) = self.against_go(&ours, &ours).await?;
+        let commits = median(&lines, |line| line.count("commits"));
+        let unary = Figure {
+            value: median(&lines, |line| line.rpc_unary_per_op),
+            origin: format!("{commits:.2} commits"),
+        };
+        Ok(vec![Some(rate), ratio, Some(unary)])
+    }
+
+    async fn one_session(&self, tasks: usize) -> Result<Vec<Option<Figure>>> {
+        let load = self.load(Workload::MutexContended, tasks, 3.0);
+        let ours = Load { mode: "one".into(), ..load.clone() };
+        let theirs = Load { mode: "shared".into(), ..load };
+        let (rate, ratio, _) = self.against_go(&ours, &theirs).await?;
+        Ok(vec![Some(rate), ratio])
+    }
+
+    /// Operations per second, the ratio to Go's if it is there, and our lines.
+    async fn against_go(&self, ours: &Load, theirs: &Load) -> Result<(Figure, Option<Figure>, Vec<Line>)> {
+        let (ratio, lines) = match &self.go {
+            Some(go) => {
+                let rounds = self.rounds(async || run(ours).await, async || run_program(go, theirs).await);
+                let rounds = rounds.await?;
+                (Some(rounds.ratio(Line::ops_per_s, per_second)), rounds.measured)
+            }
+            None => {
+                let mut lines = Vec::new();
+                for _ in 0..self.count() {
+                    lines.push(run(ours).await?);
+                }
+                (None, lines)
+            }
+        };
+        let rate = Figure {
+            value: median(&lines, Line::ops_per_s),
+            origin: format!("p50 {}", millis(median(&lines, Line::p50))),
+        };
+        Ok((rate, ratio, lines))
+    }
+
+    /// Unary requests of one lock, one unlock and one try_lock.
+    async fn requests(&self) -> Result<Vec<Option<Figure>>> {
+        const LOCKS: usize = 200;
+        // A TTL so long that no keepalive comes between.
+        let session = Session::builder([&self.endpoint]).ttl(Duration::from_secs(90)).connect().await?;
+        let mutexes =
+            (0..LOCKS).map(|_| Mutex::new(&session, fresh("lock"))).collect::<Result<Vec<_>, _>>()?;
+        let mut counted = vec![counters::read(&self.metrics).await?];
+        let mut guards = Vec::new();
+        for mutex in &mutexes {
+            guards.push(mutex.lock().await?);
+        }
+        counted.push(counters::read(&self.metrics).await?);
+        for guard in guards {
+            guard.unlock().await?;
+        }
+        counted.push(counters::read(&self.metrics).await?);
+        let mut guards = Vec::new();
+        for mutex in &mutexes {
+            guards.push(mutex.try_lock().await?.context("a lock is taken that nobody has")?);
+        }
+        counted.push(counters::read(&self.metrics).await?);
+        drop(guards);
+        session.close().await?;
+        let each = |pair: &[Counters]| {
+            let added = counters::difference(&pair[0], &pair[1]);
+            let count = |name| added.get(name).unwrap_or(&0.0) / LOCKS as f64;
+            let origin = format!("{:.2} commits, {:.2} fsyncs", count("commits"), count("wal_fsyncs"));
+            Some(Figure { value: counters::sum(&added, "unary") / LOCKS as f64, origin })
+        };
+        Ok(counted.windows(2).map(each).collect())
+    }
+
+    /// Messages of watches for one hand-off, and how many of them tell of an event.
+    async fn audience(&self, waiters: usize) -> Result<Vec<Option<Figure>>> {
+        let load = self.load(Workload::MutexContended, waiters, 5.0);
+        // All come at once; it takes seconds until a thousand have found their places.
+        let warm = Duration::from_millis(1000 + 5 * waiters as u64);
+        let line = run(&Load { hold: SHORT_SECTION, mode: "few".into(), warm, ..load }).await?;
+        let (out, asked) = (line.count("out/Watch"), line.count("in/Watch"));
+        let origin = format!("{} hand-offs; {asked:.2} watches made or cancelled for each", line.ops);
+        // Each request for a watch, or for its end, is answered by one message.
+        Ok(vec![
+            Some(Figure { value: out, origin }),
+            Some(Figure { value: out - asked, origin: "without those answers".into() }),
+        ])
+    }
+
+    async fn session_memory(&self, sessions: usize) -> Result<Vec<Option<Figure>>> {
+        let load = Load { mode: "shared".into(), ..self.load(Workload::MemorySessions, sessions, 1.0) };
+        let ours = run_program(&std::env::current_exe()?, &load).await?;
+        let ratio = match &self.go {
+            // The peers have no such workload; a build of theirs with one may be at hand.
+            Some(go) => run_program(go, &load).await.ok().map(|theirs| {
+                let (ours, theirs) = (ours.extra("bytes_each"), theirs.extra("bytes_each"));
+                Figure { value: ours / theirs, origin: format!("{ours:.0} / {theirs:.0} bytes") }
+            }),
+            None => None,
+        };
+        Ok(vec![Some(memory(&ours)), ratio])
+    }
+
+    async fn waiter_memory(&self, waiters: usize, names: usize) -> Result<Vec<Option<Figure>>> {
+        let load = Load { names, ..self.load(Workload::MemoryWaiters, waiters, 1.0) };
+        Ok(vec![Some(memory(&run_program(&std::env::current_exe()?, &load).await?))])
+    }
+
+    /// A load of `seconds` in each round.
+    fn load(&self, workload: Workload, n: usize, seconds: f64) -> Load {
+        let share = if self.quick { 0.25 } else { 1.0 };
+        Load {
+            workload,
+            endpoint: self.endpoint.clone(),
+            metrics: Some(self.metrics.clone()),
+            dur: Duration::from_secs_f64(seconds * share),
+            warm: Duration::from_millis(if n > 32 { 1000 } else { 500 }),
+            n,
+            mode: String::new(),
+            hold: Duration::ZERO,
+            ttl: 10,
+            size: 16,
+            names: 1,
+        }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        if self.quick { 2 } else { 5 }
+    }
+
+    async fn alternate(&self, ours: &Load, floor: &Load) -> Result<Rounds> {
+        self.rounds(async || run(ours).await, async || run(floor).await).await
+    }
+
+    /// Runs two things in turn; each goes first as often as the other.
+    async fn rounds(
+        &self,
+        ours: impl AsyncFn() -> Result<Line>,
+        baseline: impl AsyncFn() -> Result<Line>,
+    ) -> Result<Rounds> {
+        let mut rounds = Rounds { measured: Vec::new(), baseline: Vec::new() };
+        for round in 0..self.count() {
+            if round % 2 == 0 {
+                rounds.measured.push(ours().await?);
+                rounds.baseline.push(baseline().await?);
+            } else {
+                rounds.baseline.push(baseline().await?);
+                rounds.measured.push(ours().await?);
+            }
+        }
+        Ok(rounds)
+    }
+
+    /// Others write 1,000 keys a second, until the tasks are dropped.
+    async fn write_unrelated_keys(&self) -> Result<JoinSet<Result<()>>> {
+        let client = self.load(Workload::FloorPut, 1, 1.0).connect().await?;
+        let mut others = JoinSet::new();
+        for _ in 0..5 {
+            let (mut kv, key) = (client.kv_client(), fresh("other"));
+            others.spawn(async move {
+                let mut ticks = tokio::time::interval(Duration::from_millis(5));
+                ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+                loop {
+                    ticks.tick().await;
+                    kv.put(key.as_str(), "", None).await?;
+                }
+            });
+        }
+        Ok(others)
+    }
+}
+
+/// The lines of alternating rounds.
+struct Rounds {
+    measured: Vec<Line>,
+    baseline: Vec<Line>,
+}
+
+impl Rounds {
+    /// The median of the rounds' ratios; the two medians are its origin.
+    fn ratio(&self, of: impl Fn(&Line) -> f64, show: impl Fn(f64) -> String) -> Figure {
+        let ratios = self.measured.iter().zip(&self.baseline).map(|(ours, base)| of(ours) / of(base));
+        let (ours, base) = (median(&self.measured, &of), median(&self.baseline, &of));
+        Figure { value: middle(ratios.collect()), origin: format!("{} / {}", show(ours), show(base)) }
+    }
+}
+
+fn median(lines: &[Line], of: impl Fn(&Line) -> f64) -> f64 {
+    middle(lines.iter().map(of).collect())
+}
+
+fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let half = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        length if length % 2 == 1 => values[half],
+        _ => f64::midpoint(values[half - 1], values[half]),
+    }
+}
+
+fn millis(micros: f64) -> String {
+    format!("{:.2} ms", micros / 1e3)
+}
+
+fn per_second(rate: f64) -> String {
+    format!("{rate:.0}/s")
+}
+
+fn memory(line: &Line) -> Figure {
+    let (before, after) = (line.extra("rss_before_kib") / 1024.0, line.extra("rss_after_kib") / 1024.0);
+    Figure { value: line.extra("bytes_each"), origin: format!("{before:.1} to {after:.1} MiB") }
+}
+
+/// Runs a workload in a process of its own: of this program or of a peer's.
+async fn run_program(program: &Path, load: &Load) -> Result<Line> {
+    let mut command = Command::new(program);
+    command.args(load.args()).kill_on_drop(true);
+    let output = tokio::time::timeout(PATIENCE, command.output()).await;
+    let output = output.with_context(|| format!("no result within {PATIENCE:?}"))?;
+    let output = output.with_context(|| format!("{} does not start", program.display()))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{} failed: {errors}", program.display());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.starts_with('{')).context("no result line")?;
+    Ok(serde_json::from_str(line)?)
+}

@@ -1,0 +1,111 @@
+//! What waiting costs in memory. Run in a process of its own, so that nothing else has used any before.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use etcd_client::{GetOptions, KvClient};
+use etcd_recipes::{Mutex, MutexGuard, Session};
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use crate::counters::own_memory;
+use crate::line::{Line, Measured};
+use crate::load::{Load, fresh, open};
+use crate::recipes::{PEER, begin, close};
+
+/// How many waiters are sent off before their keys are awaited.
+const BATCH: usize = 250;
+/// Until what is in flight has settled.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// `n` sessions on one connection, all waiting for one lock that is held.
+pub(crate) async fn sessions(load: &Load) -> Result<Line> {
+    let client = load.connect().await?;
+    let one = async || begin(Session::builder_with_client(client.clone()), load).await;
+    let name = fresh("lock");
+    let holder = one().await?;
+    let held = Mutex::new(&holder, &name)?.lock().await?;
+    let mut waiting = Waiting::start(client.kv_client(), name.clone(), 1).await?;
+    let sessions = open(load.n, |_| one()).await?;
+    for batch in sessions.chunks(BATCH) {
+        let mutexes = batch.iter().map(|session| Mutex::new(session, &name));
+        waiting.add(mutexes.collect::<Result<_, _>>()?).await?;
+    }
+    let line = waiting.line(load).await?;
+    held.unlock().await?;
+    close(&sessions).await?;
+    Ok(line)
+}
+
+/// `n` waiters on one session, spread over `names` locks that another session holds.
+pub(crate) async fn waiters(load: &Load) -> Result<Line> {
+    let client = load.connect().await?;
+    let (holder, session) = (
+        begin(Session::builder([&load.endpoint]), load).await?,
+        begin(Session::builder([&load.endpoint]), load).await?,
+    );
+    let prefix = fresh("lock");
+    let names: Vec<String> = (0..load.names).map(|i| format!("{prefix}/{i}")).collect();
+    let held = open(load.names, async |i| Ok(Mutex::new(&holder, &names[i])?.lock().await?)).await?;
+    let mut waiting = Waiting::start(client.kv_client(), prefix, held.len()).await?;
+    for start in (0..load.n).step_by(BATCH) {
+        let batch = start..load.n.min(start + BATCH);
+        let mutexes = batch.map(|i| Mutex::new(&session, &names[i % names.len()]));
+        waiting.add(mutexes.collect::<Result<_, _>>()?).await?;
+    }
+    let line = waiting.line(load).await?;
+    // The session first: nobody is to have a turn.
+    session.close().await?;
+    drop(held);
+    holder.close().await?;
+    Ok(line)
+}
+
+/// Tasks that wait for locks, and what they added to this process.
+struct Waiting {
+    kv: KvClient,
+    /// Of all keys in the lines.
+    prefix: String,
+    keys: usize,
+    tasks: JoinSet<etcd_recipes::Result<MutexGuard>>,
+    start: Instant,
+    rss_before: u64,
+}
+
+impl Waiting {
+    async fn start(kv: KvClient, prefix: String, keys: usize) -> Result<Self> {
+        tokio::time::sleep(SETTLE).await;
+        let (tasks, start, rss_before) = (JoinSet::new(), Instant::now(), own_memory("VmRSS")?);
+        Ok(Self { kv, prefix, keys, tasks, start, rss_before })
+    }
+
+    /// Sends waiters off and waits until all of them stand in their lines.
+    async fn add(&mut self, mutexes: Vec<Mutex>) -> Result<()> {
+        self.keys += mutexes.len();
+        for mutex in mutexes {
+            self.tasks.spawn(async move { mutex.lock().await });
+        }
+        loop {
+            let options = GetOptions::new().with_prefix().with_count_only();
+            let there = self.kv.get(format!("{}/", self.prefix), Some(options)).await?.count();
+            if usize::try_from(there)? == self.keys {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn line(mut self, load: &Load) -> Result<Line> {
+        let (secs, ops) = (self.start.elapsed().as_secs_f64(), self.tasks.len() as u64);
+        tokio::time::sleep(SETTLE).await;
+        ensure!(self.tasks.try_join_next().is_none(), "a waiter did not wait");
+        let (before, after) = (self.rss_before, own_memory("VmRSS")?);
+        let measured = Measured { secs, ops, peak_rss_kib: own_memory("VmHWM")?, ..Measured::default() };
+        let mut line = Line::new(PEER, load, measured);
+        let each = after.saturating_sub(before) as f64 * 1024.0 / ops as f64;
+        line.extra.insert("rss_before_kib".into(), json!(before));
+        line.extra.insert("rss_after_kib".into(), json!(after));
+        line.extra.insert("bytes_each".into(), json!(each.round()));
+        Ok(line)
+    }
+}
