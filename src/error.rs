@@ -42,7 +42,8 @@ pub enum Error {
         limit: usize,
     },
 
-    /// No endpoint answered in time. Nothing of the operation remains at etcd. Check the endpoints and try again.
+    /// No endpoint answered in time. Nothing of the operation remains at
+    /// etcd, at most a lease without keys, which expires. Check the endpoints and try again.
     #[error("no etcd endpoint answered within {waited:?}; tried {}", endpoints.join(", "))]
     Unreachable {
         /// The endpoints that were tried.

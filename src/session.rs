@@ -39,7 +39,7 @@ use self::rpc::Rpc;
 use self::runtime::Runtime;
 use self::watch::{Hub, Kind};
 use crate::error::{Error, Result};
-use crate::name::Prefix;
+use crate::name::{self, Prefix};
 
 /// A handle on one lease at etcd and all that lives on it.
 ///
@@ -372,8 +372,12 @@ impl SessionBuilder {
         let runtime = Arc::new(Runtime::current());
         let options = self.options();
         let timeout = (self.ttl / 5).clamp(Duration::from_millis(500), Duration::from_secs(2));
-        let rpc =
-            |endpoints| Rpc { endpoints, runtime: runtime.clone(), timeout, has_user: self.user.is_some() };
+        let namespace: Arc<str> = self.namespace.into();
+        let (has_user, probe) = (self.user.is_some(), name::probe(&namespace));
+        let rpc = |endpoints| {
+            let (runtime, probe) = (runtime.clone(), probe.clone());
+            Rpc { endpoints, runtime, timeout, has_user, probe }
+        };
         let (requests, keepalives) = match self.transport {
             Transport::Endpoints(names) => {
                 (Endpoints::dial(&names, options.clone()), Endpoints::dial(&names, options))
@@ -383,11 +387,9 @@ impl SessionBuilder {
         let (state, states) = channel::channel(SessionState::Lost { generation: 0 });
         let (current, generations) = channel::channel(None);
         let closing = CancellationToken::new();
-        let namespace: Arc<str> = self.namespace.into();
         let keeper = Keeper {
             rpc: rpc(keepalives),
             ttl: self.ttl,
-            namespace: namespace.clone(),
             liveness: self.liveness,
             state,
             current,
@@ -493,20 +495,27 @@ async fn start(keeper: Keeper, limit: Duration, thread: bool, runtime: &Runtime)
             }
         }
     };
-    if thread {
-        let refuse = |error: std::io::Error| Error::InvalidOption {
-            option: "keepalive_thread",
-            reason: format!("the thread cannot be started: {error}"),
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(refuse)?;
-        std::thread::Builder::new()
-            .name("etcd-keepalive".into())
-            .spawn(move || runtime.block_on(work))
-            .map_err(refuse)?;
-    } else {
+    if !thread {
         runtime.spawn(work);
+        return answered.await.unwrap_or(Err(Error::Closed));
     }
-    answered.await.unwrap_or(Err(Error::Closed))
+    let refuse = |error| Error::InvalidOption {
+        option: "keepalive_thread",
+        reason: format!("the thread cannot be started: {error}"),
+    };
+    // Made in its thread, since a runtime must not be dropped in another.
+    let run = move || {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map(|own| own.block_on(work))
+    };
+    let thread = std::thread::Builder::new().name("etcd-keepalive".into()).spawn(run).map_err(refuse)?;
+    match answered.await {
+        Ok(result) => result,
+        // The thread ended before it began to work.
+        Err(_) => match thread.join() {
+            Ok(Err(error)) => Err(refuse(error)),
+            _ => Err(Error::Closed),
+        },
+    }
 }
 
 fn own_identity() -> String {

@@ -25,7 +25,6 @@ use super::rpc::{self, Failure, Rpc};
 use super::runtime::{Backoff, Runtime, Time};
 use super::slots::{Nonces, Slots};
 use crate::error::{Error, Result};
-use crate::name;
 
 /// One lease of a session, from its grant to its loss.
 #[derive(Debug)]
@@ -135,7 +134,6 @@ pub(crate) struct Keeper {
     /// Connections of its own, so that no other traffic delays a keepalive.
     pub(crate) rpc: Rpc,
     pub(crate) ttl: Duration,
-    pub(crate) namespace: Arc<str>,
     pub(crate) liveness: Option<Liveness>,
     pub(crate) state: watch::Sender<SessionState>,
     pub(crate) current: watch::Sender<Option<Arc<Generation>>>,
@@ -402,8 +400,7 @@ impl Keeper {
         if answer.ttl() <= 0 {
             return Ok(Beat::Gone);
         }
-        let read =
-            client.get(name::probe(&self.namespace), Some(GetOptions::new().with_count_only())).await?;
+        let read = client.get(self.rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await?;
         let term = |header: Option<&ResponseHeader>| header.map(ResponseHeader::raft_term);
         if term(answer.header()).is_none() || term(answer.header()) != term(read.header()) {
             return Ok(Beat::Nothing);

@@ -43,6 +43,8 @@ pub(crate) struct Rpc {
     pub(crate) timeout: Duration,
     /// Whether the client can log in again when its token is refused.
     pub(crate) has_user: bool,
+    /// A key to read when only the answer's header is wanted.
+    pub(crate) probe: Vec<u8>,
 }
 
 impl Rpc {

@@ -291,7 +291,7 @@ impl Task {
                 self.shared.table().watches.values().filter_map(|watch| watch.told).max().unwrap_or(0);
             let options = GetOptions::new().with_count_only();
             // A watch that starts in the future does not answer a progress request, so only ask once it cannot.
-            if let Ok(read) = self.shared.rpc.get(b"\0", options, Some(GRACE)).await
+            if let Ok(read) = self.shared.rpc.get(&self.shared.rpc.probe, options, Some(GRACE)).await
                 && revision(read.header()) >= highest
             {
                 stream.asked = Some(Instant::now());
