@@ -168,8 +168,8 @@ impl MutexGuard {
         self.place.is_held()
     }
 
-    /// Waits until the lock is lost: the lease is over, or somebody deleted the key. The future does not borrow the
-    /// guard.
+    /// Waits until the lock is lost: the lease is over, or somebody deleted the key. Also ends when the lock was
+    /// released. The future does not borrow the guard.
     ///
     /// # Cancel safety
     ///

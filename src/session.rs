@@ -399,12 +399,10 @@ impl SessionBuilder {
         let undo = closing.clone().drop_guard();
         start(keeper, self.connect_timeout, self.thread, &runtime).await?;
         let rpc = Arc::new(rpc(requests));
-        let client = tokio::time::timeout(self.connect_timeout, rpc.endpoints.client(0)).await;
-        let client = match client {
-            Ok(Ok(client)) => client,
-            Ok(Err(error)) => return Err(rpc.unreachable(self.connect_timeout, Some(error))),
-            Err(_) => return Err(rpc.unreachable(self.connect_timeout, None)),
-        };
+        let mut last = None;
+        let client = rpc.endpoints.for_user(&runtime, &mut last);
+        let client = tokio::time::timeout(self.connect_timeout, client).await;
+        let client = client.map_err(|_| rpc.unreachable(self.connect_timeout, last))?;
         let core = Core {
             deletions: Hub::new(Kind::Deletions, rpc.clone(), closing.clone()),
             changes: Hub::new(Kind::Everything, rpc.clone(), closing.clone()),

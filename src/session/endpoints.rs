@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use etcd_client::{Client, ConnectOptions};
 use tokio::sync::OnceCell;
 
+use super::runtime::{Backoff, Runtime};
+
 /// A set of connections. A session has two: one for requests and watches, one for keepalives, so that a burst of data
 /// on the first cannot delay the second.
 pub(crate) struct Endpoints {
@@ -59,6 +61,23 @@ impl Endpoints {
         // Boxed, because it is large and rarely runs, and every request's future contains it.
         let connect = || Box::pin(Client::connect([member.name.as_str()], self.options.clone()));
         member.client.get_or_try_init(connect).await.cloned()
+    }
+
+    /// A client for the user's own requests, over all members. It may have to log in, and a member may be dead, so it
+    /// is tried until the caller's time is up; `last` keeps the last failure.
+    pub(crate) async fn for_user(&self, runtime: &Runtime, last: &mut Option<etcd_client::Error>) -> Client {
+        let mut backoff = Backoff::of_requests();
+        loop {
+            let connected = match &self.options {
+                None => self.client(0).await,
+                Some(options) => Box::pin(Client::connect(self.names(), Some(options.clone()))).await,
+            };
+            match connected {
+                Ok(client) => return client,
+                Err(error) => *last = Some(error),
+            }
+            backoff.wait(runtime).await;
+        }
     }
 }
 

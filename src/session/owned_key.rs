@@ -29,7 +29,7 @@ pub(crate) struct Owned {
     pub(crate) generation: Arc<Generation>,
     pub(crate) key: Vec<u8>,
     pub(crate) create_revision: i64,
-    /// Cancelled when the key was deleted by somebody else.
+    /// Cancelled when the key is known to be deleted.
     gone: CancellationToken,
     /// Given back when the key is gone.
     nonce: Mutex<Option<Nonce>>,
@@ -287,7 +287,7 @@ impl Owned {
         !self.gone.is_cancelled() && self.generation.is_alive()
     }
 
-    /// Waits until the key is lost.
+    /// Waits until the key is lost or given up.
     pub(crate) async fn lost(&self) {
         tokio::select! {
             () = self.gone.cancelled() => {}
@@ -295,7 +295,7 @@ impl Owned {
         }
     }
 
-    /// Notes that somebody else deleted the key.
+    /// Notes that the key is gone.
     pub(crate) fn set_gone(&self) {
         self.gone.cancel();
     }
@@ -313,6 +313,8 @@ impl Owned {
         let deleted = self.delete_for_sure(reads).await;
         let nonce = self.nonce.lock().unwrap_or_else(PoisonError::into_inner).take();
         nonce.into_iter().for_each(Nonce::give_back);
+        // Whoever waits for the end of the hold need not wait for that of the lease.
+        self.set_gone();
         deleted
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Compare, GetOptions, KeyValue, Txn, TxnOp, TxnResponse};
@@ -32,6 +33,8 @@ struct Held {
     key: OwnedKey,
     membership: Membership,
     monitor: AbortHandle,
+    /// Tells the monitor that the deletion to come is our own.
+    leaving: Arc<AtomicBool>,
     /// The line is being followed: it is contended.
     follows: bool,
 }
@@ -47,9 +50,15 @@ impl Place {
         let facts = key.facts().clone();
         let follows = watch.is_some();
         let core = session.core();
-        let monitor = monitor(core.clone(), facts.clone(), membership.line.clone(), watch);
-        let monitor = core.runtime.spawn_abortable(monitor);
-        let held = Some(Held { key, membership, monitor, follows });
+        let leaving = Arc::new(AtomicBool::new(false));
+        let monitor = Monitor {
+            core: core.clone(),
+            facts: facts.clone(),
+            line: membership.line.clone(),
+            leaving: leaving.clone(),
+        };
+        let monitor = core.runtime.spawn_abortable(monitor.run(watch));
+        let held = Some(Held { key, membership, monitor, leaving, follows });
         let place = Self { session, token, facts, held };
         // The wait may have outlasted the lease.
         if place.facts.is_held() { Ok(place) } else { Err(place.facts.error()) }
@@ -147,6 +156,7 @@ impl Held {
             reads.push(TxnOp::get(line.prefix.as_bytes(), Some(count)));
         }
         let held = self.key.facts().is_held();
+        self.leaving.store(true, Ordering::Relaxed);
         let deleted = self.key.delete(reads).await;
         let mut standing = None;
         if let Deleted::Now(responses, revision) = &deleted {
@@ -166,48 +176,57 @@ impl Held {
 }
 
 /// Watches the key of a hold, so that its deletion by somebody else is noticed.
-async fn monitor(core: Arc<Core>, facts: Arc<Owned>, line: Arc<Line>, watch: Option<Subscription>) {
-    let gone = || {
-        facts.set_gone();
-        // The session's next contender need not wait for the guard to be dropped.
-        line.leave(&(facts.create_revision, facts.key.clone()), None);
-    };
-    let watched = async {
+struct Monitor {
+    core: Arc<Core>,
+    facts: Arc<Owned>,
+    line: Arc<Line>,
+    leaving: Arc<AtomicBool>,
+}
+
+impl Monitor {
+    async fn run(self, watch: Option<Subscription>) {
+        tokio::select! {
+            () = self.facts.generation.ended() => {}
+            gone = self.deletion(watch) => if gone && !self.leaving.load(Ordering::Relaxed) {
+                self.facts.set_gone();
+                // The session's next contender need not wait for the guard to be dropped.
+                self.line.leave(&(self.facts.create_revision, self.facts.key.clone()), None);
+            }
+        }
+    }
+
+    /// Waits until the key is deleted; false if that cannot be known.
+    async fn deletion(&self, watch: Option<Subscription>) -> bool {
+        let facts = &self.facts;
         let mut watch = match watch {
             Some(watch) => watch,
             None => {
                 tokio::time::sleep(UNWATCHED).await;
-                core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision + 1)
+                self.core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision + 1)
             }
         };
+        let deleted = |event: &Event| event.key == facts.key && event.revision > facts.create_revision;
         loop {
             match watch.next().await {
                 Ok(News::Events(events)) => {
-                    let deleted =
-                        |event: &Event| event.key == facts.key && event.revision > facts.create_revision;
                     if events.iter().any(deleted) {
-                        return gone();
+                        return true;
                     }
                 }
                 Ok(News::Gap) => {
-                    let range = Range::key(&facts.key);
-                    watch = core.deletions.watch(&range);
+                    watch = self.core.deletions.watch(&Range::key(&facts.key));
                     if !matches!(watch.covered().await, Ok(Some(_))) {
                         continue;
                     }
                     let options = GetOptions::new().with_keys_only();
-                    let Ok(read) = core.rpc.get(&facts.key, options, None).await else { return };
+                    let Ok(read) = self.core.rpc.get(&facts.key, options, None).await else { return false };
                     if read.kvs().first().map(KeyValue::create_revision) != Some(facts.create_revision) {
-                        return gone();
+                        return true;
                     }
                 }
                 // Without permission to watch, the loss is found by the lease and by what is written.
-                Err(_) => return,
+                Err(_) => return false,
             }
         }
-    };
-    tokio::select! {
-        () = facts.generation.ended() => {}
-        () = watched => {}
     }
 }
