@@ -158,19 +158,23 @@ impl Line {
         // A watch that runs already is joined before the entry is sent: then it covers all that follows the entry.
         let watch = core.deletions.join(&self.range);
         let nonce = generation.nonces.take();
+        // Behind a waiter of this session the standing does not matter, and reading it costs etcd a walk over the line.
+        let alone = self.contenders().len() < 2;
         let creation = Creation {
             key: self.prefix.place(generation.lease.get(), nonce.number),
             nonce,
             value,
             only_if: None,
-            reads: vec![self.standing_op(None)],
+            reads: if alone { vec![self.standing_op(None)] } else { Vec::new() },
         };
         let lost = || Error::Lost { key: name::display(self.prefix.as_bytes()) };
         let Created { key, reads } = creation.run(core, generation).await?.ok_or_else(lost)?;
         let position = (key.facts().create_revision, key.facts().key.clone());
         let standing = match reads {
-            Some((reads, revision)) => Some(self.standing(&reads, 0, &position, revision).ok_or_else(lost)?),
-            None => None,
+            Some((reads, revision)) if alone => {
+                Some(self.standing(&reads, 0, &position, revision).ok_or_else(lost)?)
+            }
+            _ => None,
         };
         let membership = Membership::join(self.clone(), position);
         let mut waiter =
