@@ -14,7 +14,7 @@ use crate::load::{Load, fresh, open};
 use crate::recipes::{PEER, begin, close};
 
 /// How many waiters are sent off before their keys are awaited.
-const BATCH: usize = 250;
+const BATCH: usize = 50;
 /// Until what is in flight has settled.
 const SETTLE: Duration = Duration::from_secs(2);
 
