@@ -334,35 +334,30 @@ impl std::fmt::Debug for Leadership {
 enum Watching {
     Opening,
     Following(Box<View>, Option<Leader>),
-    Ended,
 }
 
 fn observations(session: Session, prefix: name::Prefix) -> impl Stream<Item = Result<Observation>> {
-    futures::stream::unfold(Watching::Opening, move |state| {
+    // No state: the stream has ended.
+    futures::stream::unfold(Some(Watching::Opening), move |state| {
         let (session, prefix) = (session.clone(), prefix.clone());
         async move {
+            let state = state?;
             let stepped = tokio::select! {
                 biased;
                 () = session.closing() => Err(Error::Closed),
                 stepped = step(state, &session, prefix) => stepped,
             };
-            match stepped {
-                Ok(Some((observation, state))) => Some((Ok(observation), state)),
-                Ok(None) => None,
-                Err(error) => Some((Err(error), Watching::Ended)),
-            }
+            Some(match stepped {
+                Ok((observation, state)) => (Ok(observation), Some(state)),
+                Err(error) => (Err(error), None),
+            })
         }
     })
 }
 
 /// Goes on to the next report.
-async fn step(
-    state: Watching,
-    session: &Session,
-    prefix: name::Prefix,
-) -> Result<Option<(Observation, Watching)>> {
+async fn step(state: Watching, session: &Session, prefix: name::Prefix) -> Result<(Observation, Watching)> {
     let (mut view, reported) = match state {
-        Watching::Ended => return Ok(None),
         Watching::Opening => (Box::new(View::open(session.core().clone(), prefix).await?), None),
         Watching::Following(mut view, leader) => {
             view.next().await?;
@@ -373,7 +368,7 @@ async fn step(
         let leader = first(&view);
         if reported.as_ref() != Some(&leader) {
             let observation = Observation { revision: view.revision(), leader: leader.clone() };
-            return Ok(Some((observation, Watching::Following(view, leader))));
+            return Ok((observation, Watching::Following(view, leader)));
         }
         view.next().await?;
     }

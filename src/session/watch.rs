@@ -135,6 +135,8 @@ struct Watch {
     told: Option<i64>,
     subscribers: Vec<(u64, UnboundedSender<Message>)>,
     fragments: Vec<PbEvent>,
+    /// It was asked for on an earlier stream, or is on this one.
+    asked: bool,
     lingers: bool,
     alone_since: Option<Instant>,
 }
@@ -207,9 +209,10 @@ impl Shared {
         let id = table.last_id;
         let (subscribers, fragments) = (Vec::new(), Vec::new());
         let range = range.clone();
-        table
-            .watches
-            .insert(id, Watch { range, told, subscribers, fragments, lingers: false, alone_since: None });
+        table.watches.insert(
+            id,
+            Watch { range, told, subscribers, fragments, asked: false, lingers: false, alone_since: None },
+        );
         let _ = self.requests.send(Request::Create(id));
         id
     }

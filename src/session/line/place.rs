@@ -202,7 +202,7 @@ impl Monitor {
             Some(watch) => watch,
             None => {
                 tokio::time::sleep(UNWATCHED).await;
-                self.core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision + 1)
+                self.core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision)
             }
         };
         let deleted = |event: &Event| event.key == facts.key && event.revision > facts.create_revision;

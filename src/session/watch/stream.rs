@@ -202,12 +202,15 @@ impl Task {
         let mut table = self.shared.table();
         let watch = table.watches.get_mut(&id)?;
         watch.fragments.clear();
+        let resumed = std::mem::replace(&mut watch.asked, true);
         let mut options = WatchOptions::new().with_watch_id(id).with_fragment();
         if let Some(end) = &watch.range.end {
             options = options.with_range(end.clone());
         }
         if let Some(told) = watch.told {
-            options = options.with_start_revision(told + 1);
+            // A deletion at the very revision of a compaction is lost to a watch that starts there, until etcd 3.4.34
+            // and 3.5.16 (etcd issue 18089). From one revision before, etcd says that it cannot tell.
+            options = options.with_start_revision(if resumed { told.max(1) } else { told + 1 });
         }
         if self.shared.kind == Kind::Deletions {
             options = options.with_filters([WatchFilterType::NoPut]);
