@@ -5,7 +5,7 @@ mod write;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use etcd_client::proto::PbResponseOp;
-use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp};
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnResponse};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -118,6 +118,11 @@ impl Task {
             };
             match attempt {
                 Ok(Outcome::Created(created)) => break Ok(Some(created)),
+                // An attempt may still be under way, and would succeed once nothing speaks against it any more.
+                Ok(Outcome::Not) if unanswered => {
+                    let _ = answer.send(Ok(None));
+                    return self.give_up(slot).await;
+                }
                 Ok(Outcome::Not) => {
                     self.nonce.take().into_iter().for_each(Nonce::give_back);
                     break Ok(None);
@@ -189,27 +194,41 @@ impl Task {
     }
 
     /// Sees to it that no attempt made so far leaves a key.
+    ///
+    /// Copies of these transactions may be late too, when slot and key name serve another operation. So they compare
+    /// what they change.
     async fn give_up(self, mut slot: Slot) {
         let key = &self.key;
         let mut backoff = Backoff::of_requests();
         loop {
-            let delete = TxnOp::delete(key.clone(), None);
+            let (step, delete) = (self.step(&slot), TxnOp::delete(key.clone(), None));
+            let give_up = Txn::new()
+                .when([step.compare()])
+                .and_then([step.put(), delete.clone()])
+                .or_else([step.get()]);
             let attempt = tokio::select! {
                 biased;
                 // The lease goes, and the key and every late copy with it.
                 () = self.generation.ended() => return,
-                attempt = self.core.rpc.txn(key, Txn::new().and_then([self.step(&slot).put(), delete.clone()])) => attempt,
+                attempt = self.core.rpc.txn(key, give_up) => attempt,
             };
             match attempt {
-                Ok(response) => {
+                Ok(response) if response.succeeded() => {
                     slot.revision = revision(response.header());
                     self.generation.slots.give_back(slot);
                     return self.nonce.into_iter().for_each(Nonce::give_back);
                 }
+                // Moved by an attempt, or by an earlier copy of this.
+                Ok(response) => slot.revision = moved_to(&response),
                 Err(Failure::LeaseGone) => return self.generation.end(),
                 // Without space the slot cannot move, but the key can go; late copies are refused as long.
                 Err(Failure::Refused(_)) => {
-                    let _ = self.core.rpc.txn(key, Txn::new().and_then([delete])).await;
+                    let made = Compare::create_revision(key.clone(), CompareOp::Equal, slot.revision);
+                    let delete = Txn::new().when([made]).and_then([delete]).or_else([step.get()]);
+                    match self.core.rpc.txn(key, delete).await {
+                        Ok(response) if !response.succeeded() => slot.revision = moved_to(&response),
+                        _ => {}
+                    }
                     backoff.wait(&self.core.runtime).await;
                 }
                 Err(_) => backoff.wait(&self.core.runtime).await,
@@ -224,6 +243,13 @@ impl Task {
     fn lost(&self) -> Error {
         Error::Lost { key: name::display(&self.key) }
     }
+}
+
+/// The slot's revision, when the answer's first operation reads it.
+fn moved_to(response: &TxnResponse) -> i64 {
+    RangeAnswer::of(&response.0.responses, 0)
+        .and_then(|keys| keys.keys().next())
+        .map_or(0, |slot| slot.mod_revision)
 }
 
 // === impl OwnedKey ===
