@@ -281,7 +281,8 @@ impl Leadership {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the proclamation goes on in the background; a later one waits for it.
+    /// When dropped, the proclamation goes on in the background, until the leadership is detached; a later one waits for
+    /// it.
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
         let value = value.into();
         name::check_value(&value)?;

@@ -31,6 +31,8 @@ pub(crate) struct Owned {
     pub(crate) create_revision: i64,
     /// Cancelled when the key is known to be deleted.
     gone: CancellationToken,
+    /// Cancelled when the guard of the key was given up but not the key: another guard may write it from then on.
+    detached: CancellationToken,
     /// Given back when the key is gone.
     nonce: Mutex<Option<Nonce>>,
 }
@@ -188,6 +190,7 @@ impl Task {
             key: self.key.clone(),
             create_revision,
             gone: CancellationToken::new(),
+            detached: CancellationToken::new(),
             nonce: Mutex::new(self.nonce.take()),
         };
         Created { key: OwnedKey { facts: Arc::new(facts), released: false }, reads }
@@ -263,15 +266,15 @@ impl OwnedKey {
         create_revision: i64,
     ) -> Self {
         let (core, generation) = (core.clone(), generation.clone());
-        let (gone, nonce) = (CancellationToken::new(), Mutex::new(None));
-        Self {
-            facts: Arc::new(Owned { core, generation, key, create_revision, gone, nonce }),
-            released: false,
-        }
+        let (gone, detached) = (CancellationToken::new(), CancellationToken::new());
+        let nonce = Mutex::new(None);
+        let facts = Owned { core, generation, key, create_revision, gone, detached, nonce };
+        Self { facts: Arc::new(facts), released: false }
     }
 
     /// Leaves the key to its lease.
     pub(crate) fn keep(mut self) {
+        self.facts.detached.cancel();
         self.released = true;
     }
 

@@ -25,6 +25,8 @@ impl Owned {
                 .or_else([TxnOp::get(self.key.clone(), None)]);
             let attempt = tokio::select! {
                 biased;
+                // What is under way can only come before the first put of the next guard.
+                () = self.detached.cancelled() => return Err(self.unresolved(true)),
                 attempt = self.core.rpc.txn(&self.key, txn) => attempt,
                 () = self.generation.ended() => return Err(self.unresolved(unanswered)),
             };
