@@ -122,8 +122,9 @@ impl Task {
                 Ok(Outcome::Created(created)) => break Ok(Some(created)),
                 // An attempt may still be under way, and would succeed once nothing speaks against it any more.
                 Ok(Outcome::Not) if unanswered => {
+                    self.give_up(slot).await;
                     let _ = answer.send(Ok(None));
-                    return self.give_up(slot).await;
+                    return;
                 }
                 Ok(Outcome::Not) => {
                     self.nonce.take().into_iter().for_each(Nonce::give_back);
