@@ -16,7 +16,7 @@ use futures::stream::{BoxStream, StreamExt};
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
 
 use crate::error::{Error, Result};
-use crate::name;
+use crate::name::{self, Hidden};
 use crate::session::Session;
 use crate::session::line::{Line, Member, Place};
 use crate::session::participant::Participant;
@@ -44,7 +44,7 @@ pub struct Election {
 }
 
 /// The leader of an election.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Leader {
     /// Its key.
@@ -127,7 +127,8 @@ impl Election {
     ///
     /// The stream survives restarts of etcd, compaction and lost connections, by itself; while etcd cannot be reached
     /// it says nothing. Revisions never go back, unless etcd was restored from an older backup. It ends when the
-    /// session is closed, with [`Error::Closed`], or when etcd denies permission.
+    /// session is closed, with [`Error::Closed`], or when etcd denies permission. It keeps the session open like any
+    /// other handle.
     pub fn observe(&self) -> Observe {
         let (session, prefix) = (self.session.clone(), self.line.prefix().clone());
         let states = observations(session, prefix);
@@ -136,7 +137,7 @@ impl Election {
 
     /// Takes up a leadership that an earlier guard of this session gave up with [`Leadership::detach`].
     ///
-    /// `None` if it is over: the key is gone, or the lease that it lived on.
+    /// `None` if it is over, because the key is gone or the lease that it lived on, or if it has been taken up already.
     ///
     /// # Errors
     ///
@@ -166,6 +167,17 @@ impl From<Member> for Leader {
             create_revision: facts.create_revision,
             lease: facts.lease,
         }
+    }
+}
+
+impl std::fmt::Debug for Leader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Leader")
+            .field("key", &name::display(&self.key))
+            .field("value", &Hidden(&self.value))
+            .field("create_revision", &self.create_revision)
+            .field("lease", &format_args!("{:x}", self.lease))
+            .finish()
     }
 }
 
@@ -220,6 +232,11 @@ impl Leadership {
     /// The fencing token: a revision of etcd, larger than that of every earlier leader.
     pub fn token(&self) -> i64 {
         self.place.token()
+    }
+
+    /// The revision at which this process became a candidate.
+    pub fn create_revision(&self) -> i64 {
+        self.place.facts().create_revision
     }
 
     /// The key that stands for this leadership.
@@ -314,7 +331,7 @@ impl Leadership {
         self.place.leave().await
     }
 
-    /// Gives up the guard but not the leadership: it lasts as long as the session, until it is taken up again with
+    /// Gives up the guard but not the leadership: it lasts as long as the session's lease, and can be taken up again with
     /// [`Election::resume`].
     pub fn detach(self) -> DetachedLeadership {
         let facts = self.place.detach();

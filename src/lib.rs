@@ -41,8 +41,8 @@
 //!   Go package: this crate, Go, Java, `etcdctl lock`.
 //! - **Order.** Contenders are served in the order etcd received them.
 //! - **Fencing.** Each hold has a token larger than all before it, and transactions can be tied to it.
-//! - **Loss is known first here.** [`MutexGuard::is_held`] turns false before etcd gives the lock to somebody else, also
-//!   after the process was stopped, the runtime was blocked or the network went silent. What a lock can *not* promise
+//! - **Loss is known first here.** [`MutexGuard::is_held`] turns false before a lease that runs out gives the lock to
+//!   somebody else, also after the process was stopped, the runtime was blocked or the network went silent. What a lock can *not* promise
 //!   is told in [`mutex`].
 //! - **Nothing is done twice, nothing reappears.** A request whose answer was lost is sent again so that only one copy
 //!   can take effect, and a copy that arrives late takes none.

@@ -149,6 +149,11 @@ impl MutexGuard {
         self.place.token()
     }
 
+    /// The revision at which the key was created: the place in line.
+    pub fn create_revision(&self) -> i64 {
+        self.place.facts().create_revision
+    }
+
     /// The key that stands for this hold.
     pub fn key(&self) -> &[u8] {
         &self.place.facts().key
@@ -162,8 +167,9 @@ impl MutexGuard {
     /// Whether the lock is certainly still held, as far as this process can know.
     ///
     /// Compares clocks in the caller's thread, in well under a microsecond: the answer is right also in the first
-    /// instruction after the process was stopped. False before etcd gives the lock to anybody else; once false, false
-    /// for ever.
+    /// instruction after the process was stopped. When the lease runs out, it is false before etcd gives the lock to
+    /// anybody else. When somebody deletes the key or revokes the lease, it is false as soon as this process hears of
+    /// it. Once false, false for ever.
     pub fn is_held(&self) -> bool {
         self.place.is_held()
     }
@@ -186,6 +192,7 @@ impl MutexGuard {
     /// # Errors
     ///
     /// [`Error::Lost`](crate::Error::Lost) when the lock was not held, so nothing was written;
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 126 operations or 1.5 MiB;
     /// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown) when an answer was lost and cannot be told any more;
     /// otherwise as etcd says, and nothing was written.
     ///

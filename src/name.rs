@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use etcd_client::proto::{PbTxnOpRequest, PbTxnRequest, PbTxnRequestOp};
+use etcd_client::proto::{PbCompare, PbTargetUnion, PbTxnOpRequest, PbTxnRequest, PbTxnRequestOp};
 
 use crate::error::{Error, Result};
 
@@ -62,6 +62,11 @@ impl Prefix {
         key
     }
 
+    /// Whether the range overlaps with the keys under `namespace`.
+    pub(crate) fn overlaps(&self, namespace: &str) -> bool {
+        self.0.starts_with(namespace.as_bytes()) || namespace.as_bytes().starts_with(&self.0)
+    }
+
     /// Whether the range of one contains that of the other (and they are not the same).
     pub(crate) fn nested(&self, other: &Self) -> bool {
         self != other && (self.0.starts_with(&other.0) || other.0.starts_with(&self.0))
@@ -71,6 +76,15 @@ impl Prefix {
 impl std::fmt::Debug for Prefix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&display(&self.0))
+    }
+}
+
+/// A value for `Debug`: its length, and nothing of what it says.
+pub(crate) struct Hidden<'a>(pub(crate) &'a [u8]);
+
+impl std::fmt::Debug for Hidden<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "<{} bytes>", self.0.len())
     }
 }
 
@@ -93,26 +107,48 @@ pub(crate) fn check_value(value: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a transaction of the user's that etcd would refuse for its size.
-pub(crate) fn check_txn(txn: &PbTxnRequest) -> Result<()> {
-    let operations = txn.compare.len().max(txn.success.len()).max(txn.failure.len());
-    if operations > MAX_TXN_OPS {
-        return Err(Error::TooLarge {
-            what: "the number of operations",
-            size: operations,
-            limit: MAX_TXN_OPS,
-        });
+/// Refuses a transaction of the user's that etcd would refuse for its size. `outer` operations are around it.
+pub(crate) fn check_txn(txn: &PbTxnRequest, outer: usize) -> Result<()> {
+    let limit = MAX_TXN_OPS - outer;
+    let operations = deepest(txn);
+    if operations > limit {
+        return Err(Error::TooLarge { what: "the number of operations", size: operations, limit });
     }
-    let bytes = |op: &PbTxnRequestOp| match &op.request {
-        Some(PbTxnOpRequest::RequestPut(put)) => put.key.len() + put.value.len(),
-        _ => 0,
-    };
-    let size = txn.success.iter().chain(&txn.failure).map(bytes).sum();
-    let limit = MAX_REQUEST - REQUEST_OVERHEAD;
+    let (size, limit) = (bytes(txn), MAX_REQUEST - REQUEST_OVERHEAD);
     if size > limit {
         return Err(Error::TooLarge { what: "the transaction, in bytes,", size, limit });
     }
     Ok(())
+}
+
+/// What etcd counts against its limit: the longest list, plus that of a transaction within it.
+fn deepest(txn: &PbTxnRequest) -> usize {
+    let own = txn.compare.len().max(txn.success.len()).max(txn.failure.len());
+    let inner = txn.success.iter().chain(&txn.failure).filter_map(|op| match &op.request {
+        Some(PbTxnOpRequest::RequestTxn(txn)) => Some(deepest(txn)),
+        _ => None,
+    });
+    own + inner.max().unwrap_or(0)
+}
+
+/// The bytes of keys and values.
+fn bytes(txn: &PbTxnRequest) -> usize {
+    let operation = |op: &PbTxnRequestOp| match &op.request {
+        Some(PbTxnOpRequest::RequestPut(put)) => put.key.len() + put.value.len(),
+        Some(PbTxnOpRequest::RequestRange(range)) => range.key.len() + range.range_end.len(),
+        Some(PbTxnOpRequest::RequestDeleteRange(delete)) => delete.key.len() + delete.range_end.len(),
+        Some(PbTxnOpRequest::RequestTxn(txn)) => bytes(txn),
+        None => 0,
+    };
+    let compare = |compare: &PbCompare| {
+        let value = match &compare.target_union {
+            Some(PbTargetUnion::Value(value)) => value.len(),
+            _ => 0,
+        };
+        compare.key.len() + compare.range_end.len() + value
+    };
+    let compares: usize = txn.compare.iter().map(compare).sum();
+    txn.success.iter().chain(&txn.failure).map(operation).sum::<usize>() + compares
 }
 
 /// A key or name for people: printable, escaped, at most some 80 characters.

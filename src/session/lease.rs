@@ -9,8 +9,8 @@
 //! do not count, the new leader never saw them.
 
 use std::num::NonZeroI64;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Client, GetOptions, LeaseGrantOptions, LeaseKeepAliveStream, LeaseKeeper, ResponseHeader};
@@ -21,100 +21,10 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::SessionState;
+use super::generation::Generation;
 use super::rpc::{self, Failure, Rpc};
-use super::runtime::{Backoff, Runtime, Time};
-use super::slots::{Nonces, Slots};
+use super::runtime::{Backoff, Time};
 use crate::error::{Error, Result};
-
-/// One lease of a session, from its grant to its loss.
-#[derive(Debug)]
-pub(crate) struct Generation {
-    pub(crate) number: u64,
-    /// Never 0: a key with lease 0 would stay for ever.
-    pub(crate) lease: NonZeroI64,
-    pub(crate) slots: Slots,
-    pub(crate) nonces: Arc<Nonces>,
-    deadline: AtomicU64,
-    ended: CancellationToken,
-    runtime: Arc<Runtime>,
-}
-
-/// The deadline of a generation that is over.
-const OVER: u64 = 0;
-
-impl Generation {
-    fn new(number: u64, lease: NonZeroI64, deadline: Time, runtime: Arc<Runtime>) -> Self {
-        let deadline = AtomicU64::new(deadline.0);
-        Self {
-            number,
-            lease,
-            slots: Slots::default(),
-            nonces: Arc::default(),
-            deadline,
-            ended: CancellationToken::new(),
-            runtime,
-        }
-    }
-
-    /// Whether the lease certainly lives. Compares clocks in the caller's thread; once false, false for ever.
-    pub(crate) fn is_alive(&self) -> bool {
-        loop {
-            let deadline = self.deadline.load(Ordering::Acquire);
-            if deadline == OVER {
-                return false;
-            }
-            if self.runtime.now().0 < deadline {
-                return true;
-            }
-            // Passed. Whoever sees it says so for all, unless a renewal was faster.
-            if self.close_at(deadline) {
-                return false;
-            }
-        }
-    }
-
-    /// Waits for the end.
-    pub(crate) async fn ended(&self) {
-        self.ended.cancelled().await;
-    }
-
-    /// Ends the generation now: the lease is known to be gone, or is about to be revoked.
-    pub(crate) fn end(&self) {
-        self.deadline.store(OVER, Ordering::Release);
-        self.ended.cancel();
-    }
-
-    fn close_at(&self, deadline: u64) -> bool {
-        let closed =
-            self.deadline.compare_exchange(deadline, OVER, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        if closed {
-            self.ended.cancel();
-        }
-        closed
-    }
-
-    /// Moves the deadline. False, and the end, if it has passed meanwhile.
-    fn extend(&self, deadline: Time) -> bool {
-        loop {
-            if !self.is_alive() {
-                return false;
-            }
-            let old = self.deadline.load(Ordering::Acquire);
-            if old == OVER {
-                return false;
-            }
-            // A renewal that was sent earlier may be confirmed later.
-            let new = old.max(deadline.0);
-            if self.deadline.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-                return true;
-            }
-        }
-    }
-
-    fn deadline(&self) -> Time {
-        Time(self.deadline.load(Ordering::Acquire))
-    }
-}
 
 /// The local end of a lease whose TTL was told by an answer to a request sent at `sent`.
 fn local_deadline(sent: Time, ttl: Duration) -> Time {
@@ -177,9 +87,7 @@ impl Keeper {
             generation.end();
             self.current.send_replace(None);
             if closing {
-                self.revoke(&generation, true).await;
-                self.state.send_replace(SessionState::Closed);
-                return;
+                return self.revoke(&generation, true).await;
             }
             tracing::warn!(lease = format_args!("{:x}", generation.lease), "lease lost");
             self.state.send_replace(SessionState::Lost { generation: generation.number });
@@ -190,11 +98,7 @@ impl Keeper {
             };
             generation = tokio::select! {
                 next = renewed => next,
-                () = self.closing.cancelled() => {
-                    self.revoke(&generation, true).await;
-                    self.state.send_replace(SessionState::Closed);
-                    return;
-                }
+                () = self.closing.cancelled() => return self.revoke(&generation, true).await,
             };
             self.publish(&generation);
         }
@@ -251,8 +155,8 @@ impl Keeper {
                     sent_before = true;
                     *last = error;
                 }
-                Err(Failure::Again(error)) => *last = Some(error),
-                Err(Failure::LeaseGone) => {}
+                Err(Failure::Again(error) | Failure::Login(error)) => *last = Some(error),
+                Err(Failure::LeaseGone(_)) => {}
             }
             backoff.wait(&self.rpc.runtime).await;
         }
@@ -277,7 +181,7 @@ impl Keeper {
                     Box::pin(async move { client.lease_revoke(id).await })
                 };
                 match self.rpc.attempt(b"the session's lease", call).await {
-                    Ok(_) | Err(Failure::LeaseGone) => return,
+                    Ok(_) | Err(Failure::LeaseGone(_)) => return,
                     Err(Failure::Refused(error)) => {
                         tracing::warn!(%error, "the lease cannot be revoked; it will expire");
                         return;
@@ -323,7 +227,7 @@ impl Keeper {
         let mut backoff = Backoff::new(patience / 4, patience);
         let mut beats = FuturesUnordered::new();
         let mut member = self.rpc.endpoints.current();
-        while self.liveness.as_ref().is_some_and(|alive| !alive()) {
+        while !self.application_lives() {
             self.suspend(generation);
             tokio::select! {
                 () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
@@ -362,14 +266,21 @@ impl Keeper {
         }
     }
 
+    /// Asks the application, if it wants to be asked. One that panics does not live.
+    fn application_lives(&self) -> bool {
+        let ask = |alive: &Liveness| std::panic::catch_unwind(AssertUnwindSafe(|| alive())).unwrap_or(false);
+        self.liveness.as_ref().is_none_or(ask)
+    }
+
     /// Sends one keepalive through a member and confirms its answer.
     async fn beat(&self, stream: Option<Box<Stream>>, lease: NonZeroI64, member: usize) -> Beat {
         let limit = self.rpc.timeout * 2;
         match tokio::time::timeout(limit, self.try_beat(stream, lease, member)).await {
             Ok(Ok(beat)) => return beat,
             Ok(Err(error)) => match rpc::classify(b"the session's lease", error, self.rpc.has_user) {
-                Failure::LeaseGone => return Beat::Gone,
-                Failure::Again(_) if self.rpc.has_user => self.rpc.log_in_again(member).await,
+                Failure::LeaseGone(_) => return Beat::Gone,
+                Failure::Login(_) => self.rpc.log_in_again(member).await,
+                Failure::Refused(error) => tracing::warn!(error = ?error, "etcd refuses to renew the lease"),
                 failure => tracing::debug!(?failure, "keepalive failed"),
             },
             Err(_) => tracing::debug!("keepalive not answered in time"),
@@ -421,6 +332,16 @@ impl Keeper {
         if changed {
             tracing::info!(?state, "session state");
         }
+    }
+}
+
+impl Drop for Keeper {
+    /// The session is over, whatever ended its keeper; nobody shall wait for a renewal that will not come.
+    fn drop(&mut self) {
+        if let Some(generation) = self.current.send_replace(None) {
+            generation.end();
+        }
+        self.state.send_replace(SessionState::Closed);
     }
 }
 

@@ -36,8 +36,8 @@ use tokio::sync::Notify;
 
 pub(crate) use self::place::Place;
 use self::wait::Waiter;
-use super::lease::Generation;
-use super::owned_key::{Created, Creation, OwnedKey};
+use super::generation::Generation;
+use super::owned_key::{Created, Creation, Owned, OwnedKey};
 use super::rpc::{KeyFacts, RangeAnswer, revision};
 use super::watch::Range;
 use super::{Core, Session};
@@ -56,8 +56,25 @@ pub(crate) struct Line {
     contenders: Mutex<BTreeMap<Position, Arc<Mailbox>>>,
 }
 
-/// Order of the line: create revision, then key.
-type Position = (i64, Vec<u8>);
+/// A contender's place: in the line of its generation, by create revision, then key. A generation that is lost has no
+/// say in the next, whoever still holds on to its guards.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Position {
+    generation: u64,
+    created: i64,
+    key: Vec<u8>,
+}
+
+impl Position {
+    fn of(facts: &Owned) -> Self {
+        Self { generation: facts.generation.number, created: facts.create_revision, key: facts.key.clone() }
+    }
+
+    /// Where its generation begins.
+    fn front(&self) -> Self {
+        Self { generation: self.generation, created: 0, key: Vec::new() }
+    }
+}
 
 /// How one contender of a session tells the next that it is its turn to look.
 #[derive(Default)]
@@ -102,6 +119,10 @@ impl Line {
         }
         if lines.len() >= 1024 && lines.len().is_power_of_two() {
             lines.retain(|_, line| line.strong_count() > 0);
+        }
+        if prefix.overlaps(&core.namespace) {
+            let reason = "it is that of the session's bookkeeping keys, or contains it";
+            return Err(Error::InvalidName { name: name::display(name), reason });
         }
         let nested = |(other, line): (&Prefix, &Weak<Self>)| prefix.nested(other) && line.strong_count() > 0;
         if Self::relatives(&lines, &prefix).any(nested) {
@@ -169,7 +190,7 @@ impl Line {
         };
         let lost = || Error::Lost { key: name::display(self.prefix.as_bytes()) };
         let Created { key, reads } = creation.run(core, generation).await?.ok_or_else(lost)?;
-        let position = (key.facts().create_revision, key.facts().key.clone());
+        let position = Position::of(key.facts());
         let standing = match reads {
             Some((reads, revision)) if alone => {
                 Some(self.standing(&reads, 0, &position, revision).ok_or_else(lost)?)
@@ -209,7 +230,7 @@ impl Line {
         let Some(Created { key, .. }) = creation.run(core, &generation).await? else { return Ok(None) };
         // Nobody was there when it was created, so that revision is the token, whoever told it.
         let token = key.facts().create_revision;
-        let membership = Membership::join(self.clone(), (token, key.facts().key.clone()));
+        let membership = Membership::join(self.clone(), Position::of(key.facts()));
         Place::new(session.clone(), key, membership, None, token).map(Some)
     }
 
@@ -232,7 +253,13 @@ impl Line {
             return Ok(None);
         }
         let key = OwnedKey::resume(core, &generation, key.to_vec(), created);
-        let membership = Membership::join(self.clone(), (created, key.facts().key.clone()));
+        let position = Position::of(key.facts());
+        if self.contenders().contains_key(&position) {
+            // It was taken up already, and has its guard.
+            key.keep();
+            return Ok(None);
+        }
+        let membership = Membership::join(self.clone(), position);
         Place::new(session.clone(), key, membership, None, revision).map(Some)
     }
 
@@ -245,9 +272,7 @@ impl Line {
         members.sort_by(|a, b| {
             (a.facts.create_revision, &a.facts.key).cmp(&(b.facts.create_revision, &b.facts.key))
         });
-        for member in members.iter().filter(|member| member.facts.lease == 0) {
-            tracing::warn!(key = %name::display(&member.facts.key), "a key without a lease blocks its line for ever");
-        }
+        members.iter().for_each(|member| warn_without_lease(&member.facts));
         Ok(members)
     }
 
@@ -303,19 +328,18 @@ impl Line {
     fn behind(&self, position: &Position) -> Option<Position> {
         use std::ops::Bound::{Excluded, Unbounded};
         let contenders = self.contenders();
-        contenders.range((Excluded(position), Unbounded)).next().map(|(position, _)| position.clone())
+        let next = contenders.range((Excluded(position), Unbounded)).next();
+        next.filter(|(next, _)| next.generation == position.generation).map(|(next, _)| next.clone())
     }
-}
 
-impl Line {
     /// Takes a contender off the list, and tells the next of this session what is known of its place.
     fn leave(&self, position: &Position, next: Option<(Position, Standing)>) {
         let mut contenders = self.contenders();
-        let led = contenders.keys().next() == Some(position);
+        let led = first_of(&contenders, position).is_some_and(|(first, _)| first == position);
         if contenders.remove(position).is_none() || !led {
             return;
         }
-        if let Some((position, mailbox)) = contenders.iter().next() {
+        if let Some((position, mailbox)) = first_of(&contenders, position) {
             let standing = next.filter(|(of, _)| of == position).map(|(_, standing)| standing);
             *mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
             mailbox.arrived.notify_one();
@@ -323,19 +347,33 @@ impl Line {
     }
 }
 
+/// Such a key was not made by a lock or an election, and nobody but a person will remove it.
+fn warn_without_lease(facts: &KeyFacts) {
+    if facts.lease == 0 {
+        tracing::warn!(key = %name::display(&facts.key), "a key without a lease blocks its line until it is deleted");
+    }
+}
+
+/// The first contender of the generation that `position` is of.
+fn first_of<'a>(
+    contenders: &'a BTreeMap<Position, Arc<Mailbox>>,
+    position: &Position,
+) -> Option<(&'a Position, &'a Arc<Mailbox>)> {
+    contenders.range(position.front()..).next().filter(|(first, _)| first.generation == position.generation)
+}
+
 impl Standing {
     fn read(keys: impl Iterator<Item = KeyFacts>, more: bool, me: &Position, revision: i64) -> Option<Self> {
         let mut found = false;
-        let mut ahead: Vec<Position> = Vec::new();
+        let mut ahead: Vec<(i64, Vec<u8>)> = Vec::new();
         for facts in keys {
-            let position = (facts.create_revision, facts.key);
-            if position == *me {
-                found = true;
-            } else if position < *me {
-                if facts.lease == 0 {
-                    tracing::warn!(key = %name::display(&position.1), "a key without a lease blocks its line for ever");
+            match (facts.create_revision, &facts.key).cmp(&(me.created, &me.key)) {
+                std::cmp::Ordering::Less => {
+                    warn_without_lease(&facts);
+                    ahead.push((facts.create_revision, facts.key));
                 }
-                ahead.push(position);
+                std::cmp::Ordering::Equal => found = true,
+                std::cmp::Ordering::Greater => {}
             }
         }
         // etcd's sort is not stable, so keys of one revision may come in any order.
@@ -360,7 +398,7 @@ impl Membership {
 
     /// Whether no other contender of this session is ahead.
     fn leads(&self) -> bool {
-        self.line.contenders().keys().next() == Some(&self.position)
+        first_of(&self.line.contenders(), &self.position).is_some_and(|(first, _)| *first == self.position)
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::Core;
-use super::lease::Generation;
+use super::generation::Generation;
 use super::rpc::{Failure, RangeAnswer, revision};
 use super::runtime::Backoff;
 use super::slots::{Nonce, Slot, Step};
@@ -131,7 +131,7 @@ impl Task {
                     break Ok(None);
                 }
                 Ok(Outcome::Stale) => {}
-                Err(Failure::LeaseGone) => {
+                Err(Failure::LeaseGone(_)) => {
                     self.generation.end();
                     break Err(self.lost());
                 }
@@ -141,7 +141,7 @@ impl Task {
                 }
                 Err(Failure::Refused(error)) => break Err(error),
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_));
+                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     tokio::select! {
                         () = answer.closed() => return self.give_up(slot).await,
                         () = backoff.wait(&self.core.runtime) => {}
@@ -224,7 +224,7 @@ impl Task {
                 }
                 // Moved by an attempt, or by an earlier copy of this.
                 Ok(response) => slot.revision = moved_to(&response),
-                Err(Failure::LeaseGone) => return self.generation.end(),
+                Err(Failure::LeaseGone(_)) => return self.generation.end(),
                 // Without space the slot cannot move, but the key can go; late copies are refused as long.
                 Err(Failure::Refused(_)) => {
                     let made = Compare::create_revision(key.clone(), CompareOp::Equal, slot.revision);
@@ -377,7 +377,7 @@ impl Owned {
                     backoff.wait(&self.core.runtime).await;
                 }
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_));
+                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     backoff.wait(&self.core.runtime).await;
                 }
             }

@@ -5,9 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::line::Member;
+use crate::name::{self, Hidden};
 
 /// One key in a line: who holds a lock, waits for it, or runs for an election.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Participant {
     /// The key.
@@ -16,6 +17,8 @@ pub struct Participant {
     pub create_revision: i64,
     /// The lease the key lives on. 0: none, so the key blocks its line until somebody deletes it.
     pub lease: i64,
+    /// The value of the key: what a candidate of an election brings.
+    pub value: Vec<u8>,
     /// Who it is, if the key says so in our way; see [`SessionBuilder::identity`](crate::SessionBuilder::identity).
     pub identity: Option<String>,
     /// Since when it stands there, by the clock of its own machine.
@@ -45,8 +48,22 @@ impl From<Member> for Participant {
             key: member.facts.key,
             create_revision: member.facts.create_revision,
             lease: member.facts.lease,
+            value: member.value,
             identity: description.map(|description| description.identity),
             since,
         }
+    }
+}
+
+impl std::fmt::Debug for Participant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Participant")
+            .field("key", &name::display(&self.key))
+            .field("create_revision", &self.create_revision)
+            .field("lease", &format_args!("{:x}", self.lease))
+            .field("value", &Hidden(&self.value))
+            .field("identity", &self.identity)
+            .field("since", &self.since)
+            .finish()
     }
 }

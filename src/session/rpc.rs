@@ -10,6 +10,8 @@ use std::time::Duration;
 use etcd_client::proto::{PbResponseOp, PbTxnOpResponse};
 use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn, TxnResponse};
 use futures::future::BoxFuture;
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::Instant;
 
 use super::endpoints::Endpoints;
 use super::runtime::{Backoff, Runtime};
@@ -19,17 +21,25 @@ use crate::name;
 /// How long a read for the caller is tried before it fails as unreachable.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
 
+/// The largest answer, in bytes. etcd's own have no limit, and the client's default is 4 MiB.
+const MAX_ANSWER: usize = 256 * 1024 * 1024;
+
+/// After a login, the next is not made for this long.
+const LOGIN_PAUSE: Duration = Duration::from_secs(1);
+
 /// Why an attempt has no answer to use.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The lease does not exist (any more). Not applied.
-    LeaseGone,
+    /// A lease of the request does not exist (any more). Not applied.
+    LeaseGone(etcd_client::Error),
     /// The lease id is taken. Not applied.
     LeaseExists,
     /// Not applied, and sending it again would not help.
     Refused(Error),
     /// Not applied; another attempt may succeed.
     Again(etcd_client::Error),
+    /// Not applied, because the token is not accepted (any more).
+    Login(etcd_client::Error),
     /// No answer (`None`), or one that does not tell: may still be applied.
     Unknown(Option<etcd_client::Error>),
 }
@@ -41,8 +51,10 @@ pub(crate) struct Rpc {
     pub(crate) runtime: Arc<Runtime>,
     /// The longest one attempt may take.
     pub(crate) timeout: Duration,
-    /// Whether the client can log in again when its token is refused.
+    /// Whether the client can, or might, log in again when its token is refused.
     pub(crate) has_user: bool,
+    /// When the last login was made: one is enough for all that need it, and each costs etcd much.
+    pub(crate) login: AsyncMutex<Option<Instant>>,
     /// A key to read when only the answer's header is wanted.
     pub(crate) probe: Vec<u8>,
 }
@@ -50,7 +62,11 @@ pub(crate) struct Rpc {
 impl Rpc {
     /// Sends a transaction once. `key` is what an error speaks of.
     pub(crate) async fn txn(&self, key: &[u8], txn: Txn) -> Result<TxnResponse, Failure> {
-        self.attempt(key, move |mut client| Box::pin(async move { client.txn(txn).await })).await
+        let call = move |client: Client| -> BoxFuture<'static, _> {
+            let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
+            Box::pin(async move { kv.txn(txn).await })
+        };
+        self.attempt(key, call).await
     }
 
     /// Reads until etcd answers, linearizably. `limit` bounds the time; without one the caller does.
@@ -64,8 +80,9 @@ impl Rpc {
             let mut backoff = Backoff::of_requests();
             loop {
                 let (key_sent, options) = (key.to_vec(), options.clone());
-                let call = move |mut client: Client| -> BoxFuture<'static, _> {
-                    Box::pin(async move { client.get(key_sent, Some(options)).await })
+                let call = move |client: Client| -> BoxFuture<'static, _> {
+                    let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
+                    Box::pin(async move { kv.get(key_sent, Some(options)).await })
                 };
                 match self.attempt(key, call).await {
                     Ok(response) => return Ok(response),
@@ -105,15 +122,20 @@ impl Rpc {
         };
         tracing::debug!(key = %name::display(key), ?failure, "attempt failed");
         match &failure {
-            Failure::Again(_) if self.has_user => self.log_in_again(member).await,
+            Failure::Login(_) => self.log_in_again(member).await,
             Failure::Again(_) | Failure::Unknown(_) => self.endpoints.avoid(member),
-            Failure::LeaseGone | Failure::LeaseExists | Failure::Refused(_) => {}
+            Failure::LeaseGone(_) | Failure::LeaseExists | Failure::Refused(_) => {}
         }
         Err(failure)
     }
 
     /// Renews the token: the client does so by itself only for some of the errors that ask for it.
     pub(crate) async fn log_in_again(&self, member: usize) {
+        let mut last = self.login.lock().await;
+        if last.is_some_and(|last| last.elapsed() < LOGIN_PAUSE) {
+            return;
+        }
+        *last = Some(Instant::now());
         let refresh = async { self.endpoints.client(member).await?.refresh_token().await };
         if !matches!(tokio::time::timeout(self.timeout, refresh).await, Ok(Ok(()))) {
             self.endpoints.avoid(member);
@@ -127,16 +149,19 @@ pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) ->
         return match error {
             // Found before anything is sent: an option of the user's is wrong.
             etcd_client::Error::InvalidArgs(_) | etcd_client::Error::InvalidUri(_) => {
-                Failure::Refused(Error::Etcd { key: name::display(key), source: error })
+                Failure::Refused(Error::InvalidOption { option: "endpoints", reason: error.to_string() })
             }
             other => Failure::Unknown(Some(other)),
         };
     };
+    let refused = |source| Failure::Refused(Error::Etcd { key: name::display(key), source });
     let Some(message) = status.message().strip_prefix("etcdserver: ") else {
-        return Failure::Unknown(Some(error));
+        // Said by the server's gRPC layer, before etcd sees the request.
+        let too_large = status.message().starts_with("grpc: received message larger than max");
+        return if too_large { refused(error) } else { Failure::Unknown(Some(error)) };
     };
     match message {
-        "requested lease not found" => Failure::LeaseGone,
+        "requested lease not found" => Failure::LeaseGone(error),
         "lease already exists" => Failure::LeaseExists,
         "mvcc: database space exceeded" => Failure::Refused(Error::NoSpace { key: name::display(key) }),
         "permission denied" => {
@@ -146,20 +171,17 @@ pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) ->
             Failure::Refused(Error::AuthFailed { source: error })
         }
         "user name is empty" if !has_user => Failure::Refused(Error::AuthFailed { source: error }),
-        "user name is empty"
-        | "invalid auth token"
-        | "revision of auth store is old"
-        | "too many requests"
-        | "rpc not supported for learner" => Failure::Again(error),
+        "user name is empty" | "invalid auth token" | "revision of auth store is old" => {
+            Failure::Login(error)
+        }
+        "too many requests" | "rpc not supported for learner" => Failure::Again(error),
         "request is too large"
         | "too many operations in txn request"
         | "duplicate key given in txn request"
         | "key is not provided"
         | "too large lease TTL"
         | "mvcc: required revision has been compacted"
-        | "mvcc: required revision is a future revision" => {
-            Failure::Refused(Error::Etcd { key: name::display(key), source: error })
-        }
+        | "mvcc: required revision is a future revision" => refused(error),
         _ => Failure::Unknown(Some(error)),
     }
 }

@@ -1,5 +1,5 @@
-//! The seam to the outside: time, randomness and tasks. Nothing else in the crate reads a clock, draws a random number
-//! or spawns.
+//! The seam to the outside: the clock that decides about leases, randomness and tasks. Nothing else in the crate draws a
+//! random number or spawns. Timers are tokio's.
 
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio_util::task::TaskTracker;
 
-/// A point in time, in nanoseconds of a clock that also runs while the machine sleeps. Never 0.
+/// A point in time, in nanoseconds of a clock that on Linux also runs while the machine sleeps. Never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Time(pub(crate) u64);
 

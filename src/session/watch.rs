@@ -4,7 +4,7 @@
 //! session has two hubs: one for lines and owned keys, which tells deletions only, and one for views; so a busy view
 //! cannot slow a hand-off.
 //!
-//! The stream is always read; subscribers have queues of their own. A broken stream is opened again and every watch
+//! The stream is always read; subscribers have queues of their own, and one that lets it overflow finds a gap. A broken stream is opened again and every watch
 //! goes on after the last revision that was complete. When that is not possible (compacted, or the store is older than
 //! before: a restored backup) the watch ends with [`Message::Gap`], and its owner reads again.
 
@@ -14,13 +14,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use etcd_client::proto::PbEvent;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, Sender, UnboundedSender, channel, unbounded_channel};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::stream::Task;
 use super::rpc::Rpc;
 use crate::error::{Error, Result};
+
+/// How many messages may wait for a subscriber.
+const QUEUE: usize = 1024;
 
 /// What a hub's watches tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +136,7 @@ struct Watch {
     range: Range,
     /// Everything up to here was told, or lies before the watch; `None` until a watch from "now" was created.
     told: Option<i64>,
-    subscribers: Vec<(u64, UnboundedSender<Message>)>,
+    subscribers: Vec<(u64, Sender<Message>)>,
     fragments: Vec<PbEvent>,
     /// It was asked for on an earlier stream, or is on this one.
     asked: bool,
@@ -147,7 +150,7 @@ pub(crate) struct Subscription {
     shared: Arc<Shared>,
     watch: i64,
     subscriber: u64,
-    messages: UnboundedReceiver<Message>,
+    messages: Receiver<Message>,
     covered: Option<i64>,
 }
 
@@ -220,7 +223,7 @@ impl Shared {
     fn subscribe(self: &Arc<Self>, table: &mut Table, id: i64) -> Subscription {
         table.last_subscriber += 1;
         let subscriber = table.last_subscriber;
-        let (sender, messages) = unbounded_channel();
+        let (sender, messages) = channel(QUEUE);
         let mut covered = None;
         if let Some(watch) = table.watches.get_mut(&id) {
             watch.subscribers.push((subscriber, sender));
@@ -242,7 +245,8 @@ impl Table {
 
     fn end(&mut self, id: i64, message: &Message) {
         for (_, subscriber) in self.remove(id).into_iter().flat_map(|watch| watch.subscribers) {
-            let _ = subscriber.send(message.clone());
+            // A full queue ends with a gap as well.
+            let _ = subscriber.try_send(message.clone());
         }
     }
 }
@@ -306,10 +310,9 @@ impl Drop for Subscription {
 }
 
 impl Watch {
-    fn tell(&self, message: &Message) {
-        for (_, subscriber) in &self.subscribers {
-            let _ = subscriber.send(message.clone());
-        }
+    /// A subscriber that is too slow is dropped: it finds a gap at the end of its queue.
+    fn tell(&mut self, message: &Message) {
+        self.subscribers.retain(|(_, subscriber)| subscriber.try_send(message.clone()).is_ok());
     }
 
     /// Tells the events collected, which are whole revisions, once each.

@@ -9,7 +9,7 @@ use etcd_client::{Compare, GetOptions, KeyValue, Txn, TxnOp, TxnResponse};
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
-use super::{FRONT, Line, Membership};
+use super::{FRONT, Line, Membership, Position};
 use crate::error::{Error, Result};
 use crate::session::owned_key::{Deleted, Owned, OwnedKey};
 use crate::session::rpc::RangeAnswer;
@@ -148,7 +148,7 @@ impl Held {
         let next = line.behind(&self.membership.position);
         let mut reads = Vec::new();
         if let Some(next) = &next {
-            reads.push(line.standing_op(Some(next.0)));
+            reads.push(line.standing_op(Some(next.created)));
         }
         if self.follows {
             // How long the line is decides whether it is worth following further.
@@ -190,7 +190,7 @@ impl Monitor {
             gone = self.deletion(watch) => if gone && !self.leaving.load(Ordering::Relaxed) {
                 self.facts.set_gone();
                 // The session's next contender need not wait for the guard to be dropped.
-                self.line.leave(&(self.facts.create_revision, self.facts.key.clone()), None);
+                self.line.leave(&Position::of(&self.facts), None);
             }
         }
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use super::{Line, Membership, Standing};
 use crate::error::Result;
 use crate::session::Core;
-use crate::session::lease::Generation;
+use crate::session::generation::Generation;
 use crate::session::owned_key::Owned;
 use crate::session::rpc::{KeyFacts, revision};
 use crate::session::watch::{News, Range, Subscription};
@@ -157,7 +157,7 @@ impl Waiter<'_> {
     /// Reads who is ahead.
     async fn look(&self) -> Result<Standing> {
         let (prefix, me) = (self.line.prefix.as_bytes(), &self.membership.position);
-        let read = self.core.rpc.get(prefix, self.line.standing_options(Some(me.0)), None);
+        let read = self.core.rpc.get(prefix, self.line.standing_options(Some(me.created)), None);
         let response = self.alive(read).await??;
         let keys = response.kvs().iter().map(KeyFacts::from);
         Standing::read(keys, response.more(), me, revision(response.header()))

@@ -11,6 +11,10 @@ use crate::error::{Error, Result};
 use crate::name;
 use crate::session::rpc::{Failure, RangeAnswer, revision};
 use crate::session::runtime::Backoff;
+use crate::session::slots::Slot;
+
+/// The operations around a guarded transaction of the user's.
+const GUARD_OPS: usize = 2;
 
 impl Owned {
     /// Puts a new value, if the last put of the key is still the one at `last`. Follows the request to its end.
@@ -51,7 +55,7 @@ impl Owned {
                         return Ok(());
                     }
                 }
-                Err(Failure::LeaseGone) => {
+                Err(Failure::LeaseGone(_)) => {
                     self.generation.end();
                     return Err(self.unresolved(unanswered));
                 }
@@ -59,7 +63,7 @@ impl Owned {
                     return Err(if unanswered { self.unresolved(true) } else { error });
                 }
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_));
+                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     backoff.wait(&self.core.runtime).await;
                 }
             }
@@ -69,7 +73,7 @@ impl Owned {
     /// Runs the user's transaction if the key is there, at most once.
     pub(crate) async fn txn(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse> {
         let request = PbTxnRequest::from(txn.clone());
-        name::check_txn(&request)?;
+        name::check_txn(&request, GUARD_OPS)?;
         if !self.is_held() {
             return Err(self.error());
         }
@@ -127,20 +131,32 @@ impl Owned {
                         break Err(self.error());
                     }
                 }
-                Err(Failure::LeaseGone) => {
-                    self.generation.end();
-                    return Err(self.unresolved(unanswered));
+                Err(Failure::LeaseGone(error)) => {
+                    return Err(self.lease_gone(&slot, error, unanswered).await);
                 }
                 Err(Failure::Refused(error)) if !unanswered => break Err(error),
                 Err(Failure::Refused(_)) => return Err(self.unresolved(true)),
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_));
+                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     backoff.wait(&self.core.runtime).await;
                 }
             }
         };
         self.generation.slots.give_back(slot);
         result
+    }
+
+    /// Some lease in the user's transaction does not exist. Finds out whether it is ours.
+    async fn lease_gone(&self, slot: &Slot, source: etcd_client::Error, unanswered: bool) -> Error {
+        let step = slot.step(&self.core.namespace, self.generation.lease.get());
+        let only_ours = Txn::new().when([step.compare()]).and_then([step.put()]);
+        if let Err(Failure::LeaseGone(_)) = self.core.rpc.txn(&self.key, only_ours).await {
+            self.generation.end();
+        }
+        if unanswered || !self.is_held() {
+            return self.unresolved(unanswered);
+        }
+        Error::Etcd { key: name::display(&self.key), source }
     }
 
     /// The answer to the user's transaction, out of that to ours.

@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Kind, Message, Request, Shared};
+use super::{Kind, Message, Request, Shared, Watch};
 use crate::session::rpc::{self, Failure, revision};
 use crate::session::runtime::Backoff;
 
@@ -58,6 +58,8 @@ enum Heard {
     Refused,
     /// The same, and the token is no longer accepted.
     Unauthenticated,
+    /// The member's store is older than what was told already.
+    Older,
 }
 
 /// Why a stream is not used any more.
@@ -115,6 +117,10 @@ impl Task {
                         match self.hear(&mut stream, message.0) {
                             Heard::Fine => {}
                             Heard::Refused => return End::Broken,
+                            Heard::Older => {
+                                self.end_restored(&stream).await;
+                                return End::Broken;
+                            }
                             Heard::Unauthenticated => {
                                 self.shared.rpc.log_in_again(member).await;
                                 return End::Broken;
@@ -124,7 +130,7 @@ impl Task {
                     Ok(None) => return End::Broken,
                     Err(error) => {
                         tracing::debug!(%error, "watch stream lost");
-                        if let Failure::Again(_) = rpc::classify(b"", error, self.shared.rpc.has_user) {
+                        if let Failure::Login(_) = rpc::classify(b"", error, self.shared.rpc.has_user) {
                             self.shared.rpc.log_in_again(member).await;
                         }
                         return End::Broken;
@@ -167,7 +173,7 @@ impl Task {
             Ok(Ok(stream)) => stream.split(),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "no watch stream");
-                if let Failure::Again(_) = rpc::classify(b"", error, rpc.has_user) {
+                if let Failure::Login(_) = rpc::classify(b"", error, rpc.has_user) {
                     rpc.log_in_again(member).await;
                 }
                 return None;
@@ -252,8 +258,8 @@ impl Task {
                     watch.told = Some(header);
                     watch.tell(&Message::Created(header));
                 }
-                // The store is older than what it told before: a restored backup.
-                Some(told) if header < told => table.end(id, &Message::Gap),
+                // The member is behind, or the store is a restored backup.
+                Some(told) if header < told => return Heard::Older,
                 Some(_) => {}
             }
             return Heard::Fine;
@@ -294,14 +300,35 @@ impl Task {
                 self.shared.table().watches.values().filter_map(|watch| watch.told).max().unwrap_or(0);
             let options = GetOptions::new().with_count_only();
             // A watch that starts in the future does not answer a progress request, so only ask once it cannot.
-            if let Ok(read) = self.shared.rpc.get(&self.shared.rpc.probe, options, Some(GRACE)).await
-                && revision(read.header()) >= highest
-            {
+            if let Ok(read) = self.shared.rpc.get(&self.shared.rpc.probe, options, Some(GRACE)).await {
+                if revision(read.header()) < highest {
+                    self.end_newer_than(stream, revision(read.header()));
+                    return true;
+                }
                 stream.asked = Some(Instant::now());
                 let _ = stream.writer.send(Write::Progress);
             }
         }
         true
+    }
+
+    /// Ends the watches that have told more than there is now: the store was restored from a backup.
+    async fn end_restored(&self, stream: &Stream) {
+        let options = GetOptions::new().with_count_only();
+        if let Ok(read) = self.shared.rpc.get(&self.shared.rpc.probe, options, Some(GRACE)).await {
+            self.end_newer_than(stream, revision(read.header()));
+        }
+    }
+
+    fn end_newer_than(&self, stream: &Stream, revision: i64) {
+        let mut table = self.shared.table();
+        let newer = |watch: &Watch| watch.told.is_some_and(|told| told > revision);
+        let ids: Vec<i64> =
+            table.watches.iter().filter(|(_, watch)| newer(watch)).map(|(id, _)| *id).collect();
+        for id in ids {
+            table.end(id, &Message::Gap);
+            let _ = stream.writer.send(Write::Cancel(id));
+        }
     }
 }
 
