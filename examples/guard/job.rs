@@ -26,6 +26,8 @@ pub(crate) struct Job {
     grace: Duration,
     /// In our own process group, where only the command itself can be sent signals.
     foreground: bool,
+    /// Ctrl-Z.
+    stops: mpsc::Receiver<Signal>,
 }
 
 impl Job {
@@ -43,9 +45,11 @@ impl Job {
                 command.stdin(Stdio::null());
             }
         }
+        // Before the command runs: it must not go on without us.
+        let stops = listen(if args.foreground { &[] } else { &[Signal::SIGTSTP] })?;
         let child = command.spawn()?;
         let id = child.id().and_then(|id| i32::try_from(id).ok()).ok_or(std::io::ErrorKind::InvalidData)?;
-        Ok(Self { child, id: Pid::from_raw(id), grace: args.grace, foreground: args.foreground })
+        Ok(Self { child, id: Pid::from_raw(id), grace: args.grace, foreground: args.foreground, stops })
     }
 
     /// Waits for the end of the command, or ends it when the lock is lost: then `None`.
@@ -54,7 +58,6 @@ impl Job {
         guard: &MutexGuard,
         signals: &mut mpsc::Receiver<Signal>,
     ) -> std::io::Result<Option<ExitStatus>> {
-        let mut stops = listen(if self.foreground { &[] } else { &[Signal::SIGTSTP] })?;
         loop {
             tokio::select! {
                 biased;
@@ -68,7 +71,7 @@ impl Job {
                     Signal::SIGINT | Signal::SIGQUIT if self.foreground => {}
                     signal => self.send(signal),
                 },
-                Some(_) = stops.recv() => {
+                Some(_) = self.stops.recv() => {
                     self.send(Signal::SIGSTOP);
                     raise(Signal::SIGSTOP)?;
                     // However long we stood still: this knows.
