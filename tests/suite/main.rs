@@ -6,4 +6,5 @@
 #[allow(dead_code, reason = "tools are written before the tests that need them")]
 mod support;
 
+mod late;
 mod support_tools;
