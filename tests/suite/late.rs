@@ -1,7 +1,9 @@
 //! Requests whose answers are lost, that arrive late, or twice: nothing is done twice, nothing is lost, nothing
 //! reappears.
 
+mod ambiguous;
 mod copies;
+mod fenced;
 mod proclaim;
 
 use std::time::Duration;
@@ -28,9 +30,14 @@ struct Rig<'a> {
 impl<'a> Rig<'a> {
     /// A session on a channel with faults. An attempt of it is given up after a second.
     async fn new(scope: &'a Scope, name: &str) -> Self {
+        Self::with_ttl(scope, name, Duration::from_secs(5)).await
+    }
+
+    /// An attempt of it is given up after a fifth of this time.
+    async fn with_ttl(scope: &'a Scope, name: &str, ttl: Duration) -> Self {
         let faults = Faults::new(scope.endpoint());
         let session = Session::builder_with_client(faults.client().await);
-        let session = session.ttl(Duration::from_secs(5)).connect().await.unwrap();
+        let session = session.ttl(ttl).connect().await.unwrap();
         scope.owns_lease(session.lease_id().unwrap());
         Self { scope, faults, session, name: scope.key(name), tasks: alive_tasks() }
     }
