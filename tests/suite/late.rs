@@ -4,13 +4,15 @@
 mod ambiguous;
 mod copies;
 mod fenced;
+mod grant;
+mod no_space;
 mod proclaim;
 
 use std::time::Duration;
 
 use etcd_recipes::{Election, Mutex, MutexGuard, Session};
 
-use crate::support::check::{Scope, alive_tasks};
+use crate::support::check::{Scope, alive_tasks, eventually};
 use crate::support::faults::{Arm, Fault, Faults, Injection, Until};
 use crate::support::line::{Entry, line, text};
 
@@ -53,6 +55,16 @@ impl<'a> Rig<'a> {
     /// The transactions of this rig's line.
     fn txns(&self) -> Arm<'_> {
         self.faults.on("Txn").containing(&self.name)
+    }
+
+    /// The key of the session's first hold.
+    fn first_key(&self) -> String {
+        format!("{}/{:x}-0", self.name, self.session.lease_id().unwrap())
+    }
+
+    /// Waits until nothing is under way in the session; only then are names and slots used again.
+    async fn idle(&self) {
+        eventually(AT_ONCE * 2, "the session is idle", async || alive_tasks() <= self.tasks).await;
     }
 
     /// The line as etcd has it.

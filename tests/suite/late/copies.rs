@@ -4,16 +4,11 @@ use etcd_client::{Txn, TxnOp};
 use etcd_recipes::{Mutex, MutexGuard};
 
 use super::{AT_ONCE, COPIES, Copy, Rig, arrive, assert_holds};
-use crate::support::check::{alive_tasks, eventually, scoped};
+use crate::support::check::{eventually, scoped};
 use crate::support::faults::{Fault, Injection, Until};
 use crate::support::line::{Foreign, grown_to, text};
 
 impl Rig<'_> {
-    /// The key of the session's first hold.
-    fn first_key(&self) -> String {
-        format!("{}/{:x}-0", self.name, self.session.lease_id().unwrap())
-    }
-
     /// Waits until the session may use the number of this key again, and makes it the next one. All names draw from
     /// one pool.
     async fn reuse(&self, key: &str) {
@@ -28,11 +23,6 @@ impl Rig<'_> {
         for other in others {
             other.unlock().await.unwrap();
         }
-    }
-
-    /// Waits until nothing is under way in the session; only then are names and slots used again.
-    async fn idle(&self) {
-        eventually(AT_ONCE * 2, "the session is idle", async || alive_tasks() <= self.tasks).await;
     }
 }
 
