@@ -6,5 +6,6 @@
 #[allow(dead_code, reason = "tools are written before the tests that need them")]
 mod support;
 
+mod cancellation;
 mod late;
 mod support_tools;

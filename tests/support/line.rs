@@ -1,5 +1,6 @@
 //! A line as etcd shows it, and a foreign program that stands in it.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use etcd_client::{Client, GetOptions, PutOptions, SortOrder, SortTarget};
@@ -56,20 +57,43 @@ pub(crate) async fn grown_to(client: &Client, name: &str, count: usize) -> Vec<E
 pub(crate) struct Foreign {
     client: Client,
     lease: i64,
+    /// Its keys, the first in front.
+    keys: VecDeque<String>,
 }
 
 impl Foreign {
     /// Enters a line at its end.
     pub(crate) async fn enter(scope: &Scope, name: &str) -> Self {
+        Self::crowd(scope, name, 1).await
+    }
+
+    /// Enters a line many times.
+    pub(crate) async fn crowd(scope: &Scope, name: &str, count: usize) -> Self {
         let mut client = scope.client();
         let lease = client.lease_grant(600, None).await.expect("no lease").id();
         scope.owns_lease(lease);
-        let options = PutOptions::new().with_lease(lease);
-        client.put(format!("{name}/{lease:x}"), "", Some(options)).await.expect("cannot enter");
-        Self { client, lease }
+        let keys: VecDeque<String> = (0..count).map(|number| format!("{name}/{lease:x}{number}")).collect();
+        for key in &keys {
+            let options = PutOptions::new().with_lease(lease);
+            client.put(key.as_str(), "", Some(options)).await.expect("cannot enter");
+        }
+        Self { client, lease, keys }
     }
 
-    /// Leaves it.
+    /// The lease its keys live on.
+    pub(crate) fn lease(&self) -> i64 {
+        self.lease
+    }
+
+    /// Takes away its keys, one after the other, the first in front.
+    pub(crate) async fn leave_one_by_one(&mut self) {
+        while let Some(key) = self.keys.front() {
+            self.client.delete(key.as_str(), None).await.expect("cannot leave");
+            self.keys.pop_front();
+        }
+    }
+
+    /// Leaves the line with all that is left of it.
     pub(crate) async fn leave(mut self) {
         self.client.lease_revoke(self.lease).await.expect("cannot leave");
     }
