@@ -6,5 +6,7 @@
 #[allow(dead_code, reason = "tools are written before the tests that need them")]
 mod support;
 
+mod cancellation;
 mod examples;
+mod late;
 mod support_tools;

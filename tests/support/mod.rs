@@ -6,6 +6,7 @@ pub(crate) mod check;
 pub(crate) mod child;
 pub(crate) mod cluster;
 pub(crate) mod faults;
+pub(crate) mod line;
 pub(crate) mod metrics;
 pub(crate) mod poll;
 pub(crate) mod ports;
@@ -61,4 +62,9 @@ pub(crate) async fn client_with<E: Into<String>>(
         .await
         .expect("connecting panicked")
         .expect("cannot connect to etcd")
+}
+
+/// Whether tests run in their full length; by default they repeat less often.
+pub(crate) fn full() -> bool {
+    std::env::var_os("ETCD_RECIPES_FULL").is_some()
 }

@@ -1,0 +1,73 @@
+//! Cancellation: the future of every public async method is dropped after each of its polls, in turn. Each time no key,
+//! no lease and no task is left, and the next contender has its turn at once while the session lives on.
+
+mod elections;
+mod enter;
+mod guards;
+mod locks;
+mod sessions;
+mod sources;
+mod stage;
+
+/// The table: every public async method, and how it is tried. Each name on the right is a test.
+macro_rules! table {
+    ($($method:literal: $($module:ident::$test:ident),+;)+) => {
+        /// The methods in the table.
+        const METHODS: &[&str] = &[$($method),+];
+        $($(#[tokio::test]
+        async fn $test() {
+            $module::$test().await;
+        })+)+
+    };
+}
+
+table! {
+    "Session::connect": sessions::dropped_connect_leaves_no_lease;
+    "Session::with_client": sessions::dropped_with_client_leaves_no_lease;
+    "SessionBuilder::connect": sessions::dropped_builder_leaves_no_lease,
+        sessions::dropped_builder_with_a_thread_leaves_no_lease;
+    "Session::close": sessions::dropped_close_closes;
+
+    "Mutex::lock": locks::dropped_lock_of_a_free_name,
+        locks::dropped_lock_behind_a_foreign_holder,
+        locks::dropped_lock_behind_a_holder_of_its_session,
+        locks::dropped_lock_behind_a_holder_of_another_session,
+        locks::dropped_lock_far_back_in_a_long_line,
+        locks::dropped_lock_that_loses_its_lease;
+    "Mutex::try_lock": locks::dropped_try_lock_of_a_free_name,
+        locks::dropped_try_lock_of_a_held_name;
+    "Mutex::holder": locks::dropped_holder;
+    "Mutex::waiters": locks::dropped_waiters;
+
+    "MutexGuard::unlock": guards::dropped_unlock_releases,
+        guards::dropped_unlock_hands_over_in_its_session,
+        guards::dropped_unlock_hands_over_to_another_session;
+    "MutexGuard::txn": guards::dropped_txn_commits_once_at_most;
+    "MutexGuard::run": guards::dropped_run_keeps_the_lock;
+    "MutexGuard::lost": guards::dropped_lost_does_nothing;
+
+    "Election::campaign": elections::dropped_campaign_in_an_empty_election,
+        elections::dropped_campaign_behind_a_foreign_leader,
+        elections::dropped_campaign_behind_a_leader_of_its_session,
+        elections::dropped_campaign_far_back_in_a_long_line,
+        elections::dropped_campaign_that_loses_its_lease;
+    "Election::leader": elections::dropped_leader;
+    "Election::candidates": elections::dropped_candidates;
+    "Election::observe": elections::dropped_next_observation_is_not_lost;
+    "Election::resume": elections::dropped_resume_stays_detached;
+
+    "Leadership::resign": elections::dropped_resign_ends_the_leadership;
+    "Leadership::proclaim": elections::dropped_proclaim_goes_on;
+    "Leadership::txn": elections::dropped_txn_of_a_leader_commits_once_at_most;
+    "Leadership::run": elections::dropped_run_of_a_leader_keeps_leading;
+    "Leadership::lost": elections::dropped_lost_of_a_leader_does_nothing;
+}
+
+#[test]
+fn every_public_async_method_is_in_the_table() {
+    let mut found = sources::async_methods();
+    found.sort();
+    let mut listed = METHODS.to_vec();
+    listed.sort_unstable();
+    assert_eq!(found, listed, "left: the sources; right: the table in tests/suite/cancellation.rs");
+}

@@ -1,0 +1,155 @@
+//! Late copies of proclamations: what was proclaimed later, or by the next leadership, stands.
+
+use etcd_recipes::Leadership;
+
+use super::{AT_ONCE, COPIES, Copy, Rig, arrive};
+use crate::support::check::{alive_tasks, eventually, scoped};
+use crate::support::faults::{Fault, Until};
+use crate::support::line::text;
+
+impl Rig<'_> {
+    /// What everybody sees: the leader's value.
+    async fn value(&self) -> String {
+        let line = self.line().await;
+        assert_eq!(line.len(), 1, "{line:?}");
+        line[0].value.clone()
+    }
+
+    async fn lead(&self, value: &str) -> Leadership {
+        let election = self.election();
+        let campaign = tokio::time::timeout(AT_ONCE, election.campaign(value));
+        let leadership = campaign.await.expect("stuck").unwrap();
+        assert_eq!(self.value().await, value);
+        leadership
+    }
+}
+
+#[tokio::test]
+async fn late_proclamation_does_not_undo_a_later_one() {
+    scoped(async |scope| {
+        for copy in COPIES {
+            let rig = Rig::new(scope, "election").await;
+            let leadership = rig.lead("first").await;
+            let late = rig.txns().inject(copy.fault());
+            leadership.proclaim("second").await.unwrap();
+            leadership.proclaim("third").await.unwrap();
+            arrive(&late).await;
+            assert_eq!(rig.value().await, "third", "{copy:?}");
+            // Its own count of writes is right still: no error, and the value stands.
+            leadership.proclaim("fourth").await.unwrap();
+            assert_eq!(rig.value().await, "fourth", "{copy:?}");
+            leadership.resign().await.unwrap();
+            rig.close().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn late_proclamation_does_not_undo_the_same_value_proclaimed_again() {
+    scoped(async |scope| {
+        let rig = Rig::new(scope, "election").await;
+        let leadership = rig.lead("a").await;
+        let late = rig.txns().inject(Copy::Resent.fault());
+        leadership.proclaim("b").await.unwrap();
+        leadership.proclaim("a").await.unwrap();
+        arrive(&late).await;
+        assert_eq!(rig.value().await, "a");
+        leadership.resign().await.unwrap();
+        rig.close().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn late_proclamation_does_not_touch_the_next_leadership() {
+    scoped(async |scope| {
+        for copy in COPIES {
+            let rig = Rig::new(scope, "election").await;
+            let first = rig.lead("first").await;
+            let key = text(first.key());
+            let late = rig.txns().inject(copy.fault());
+            first.proclaim("late").await.unwrap();
+            first.resign().await.unwrap();
+            let second = rig.lead("second").await;
+            assert_eq!(text(second.key()), key, "the name of the key was not used again");
+            let before = rig.line().await;
+            arrive(&late).await;
+            assert_eq!(rig.line().await, before, "{copy:?}");
+            assert!(second.is_held());
+            second.resign().await.unwrap();
+            assert!(rig.line().await.is_empty());
+            rig.close().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn late_proclamation_does_not_lead_again() {
+    scoped(async |scope| {
+        for copy in COPIES {
+            let rig = Rig::new(scope, "election").await;
+            let leadership = rig.lead("first").await;
+            let late = rig.txns().inject(copy.fault());
+            leadership.proclaim("late").await.unwrap();
+            leadership.resign().await.unwrap();
+            arrive(&late).await;
+            assert!(rig.line().await.is_empty(), "{copy:?}");
+            assert_eq!(rig.election().leader().await.unwrap(), None);
+            rig.close().await;
+        }
+    })
+    .await;
+}
+
+/// The proclamation goes on in the session when its future is dropped; a later one waits for it.
+#[tokio::test]
+async fn dropped_proclamation_comes_before_a_later_one() {
+    scoped(async |scope| {
+        let rig = Rig::new(scope, "election").await;
+        let leadership = rig.lead("first").await;
+        let late = rig.txns().inject(Fault::Hold(Until::Released));
+        tokio::select! {
+            biased;
+            done = leadership.proclaim("dropped") => panic!("not held: {done:?}"),
+            () = late.hit(1) => {}
+        }
+        leadership.proclaim("last").await.unwrap();
+        assert_eq!(rig.value().await, "last");
+        arrive(&late).await;
+        assert_eq!(rig.value().await, "last");
+        leadership.resign().await.unwrap();
+        rig.close().await;
+    })
+    .await;
+}
+
+/// A guard is given up while its last proclamation is under way, and taken up again.
+#[tokio::test]
+async fn dropped_proclamation_does_not_undo_one_after_resuming() {
+    scoped(async |scope| {
+        for lost in [Fault::Hold(Until::Released), Fault::NeverAnswer] {
+            let rig = Rig::new(scope, "election").await;
+            let leadership = rig.lead("first").await;
+            // Once the hold is watched, no more tasks are started for it.
+            eventually(AT_ONCE, "it is watched", async || rig.faults.messages_received("Watch") > 0).await;
+            let tasks = alive_tasks();
+            let late = rig.txns().inject(lost);
+            tokio::select! {
+                biased;
+                done = leadership.proclaim("dropped") => panic!("not held: {done:?}"),
+                () = late.hit(1) => {}
+            }
+            let resumed = rig.election().resume(&leadership.detach()).await.unwrap().expect("still leading");
+            resumed.proclaim("last").await.unwrap();
+            assert_eq!(rig.value().await, "last");
+            eventually(AT_ONCE, "the dropped proclamation is through", async || alive_tasks() <= tasks).await;
+            arrive(&late).await;
+            assert_eq!(rig.value().await, "last");
+            resumed.resign().await.unwrap();
+            rig.close().await;
+        }
+    })
+    .await;
+}
