@@ -25,7 +25,7 @@ pub(crate) async fn sessions(load: &Load) -> Result<Line> {
     let name = fresh("lock");
     let holder = one().await?;
     let held = Mutex::new(&holder, &name)?.lock().await?;
-    let mut waiting = Waiting::start(client.kv_client(), name.clone(), 1).await?;
+    let mut waiting = Waiting::start(load, name.clone(), 1).await?;
     let sessions = open(load.n, |_| one()).await?;
     for batch in sessions.chunks(BATCH) {
         let mutexes = batch.iter().map(|session| Mutex::new(session, &name));
@@ -39,7 +39,6 @@ pub(crate) async fn sessions(load: &Load) -> Result<Line> {
 
 /// `n` waiters on one session, spread over `names` locks that another session holds.
 pub(crate) async fn waiters(load: &Load) -> Result<Line> {
-    let client = load.connect().await?;
     let (holder, session) = (
         begin(Session::builder([&load.endpoint]), load).await?,
         begin(Session::builder([&load.endpoint]), load).await?,
@@ -47,7 +46,7 @@ pub(crate) async fn waiters(load: &Load) -> Result<Line> {
     let prefix = fresh("lock");
     let names: Vec<String> = (0..load.names).map(|i| format!("{prefix}/{i}")).collect();
     let held = open(load.names, async |i| Ok(Mutex::new(&holder, &names[i])?.lock().await?)).await?;
-    let mut waiting = Waiting::start(client.kv_client(), prefix, held.len()).await?;
+    let mut waiting = Waiting::start(load, prefix, held.len()).await?;
     for start in (0..load.n).step_by(BATCH) {
         let batch = start..load.n.min(start + BATCH);
         let mutexes = batch.map(|i| Mutex::new(&session, &names[i % names.len()]));
@@ -73,7 +72,9 @@ struct Waiting {
 }
 
 impl Waiting {
-    async fn start(kv: KvClient, prefix: String, keys: usize) -> Result<Self> {
+    async fn start(load: &Load, prefix: String, keys: usize) -> Result<Self> {
+        // A connection of its own: what the waiters do to theirs is their affair.
+        let kv = load.connect().await?.kv_client();
         tokio::time::sleep(SETTLE).await;
         let (tasks, start, rss_before) = (JoinSet::new(), Instant::now(), own_memory("VmRSS")?);
         Ok(Self { kv, prefix, keys, tasks, start, rss_before })
