@@ -18,6 +18,8 @@ use crate::support::line::line;
 use contender::Contender;
 use oracle::Oracle;
 
+/// Nothing takes that long, unless it is stuck; and no lease is lost before.
+const PATIENCE: Duration = Duration::from_secs(60);
 const SESSIONS: usize = 3;
 const CONTENDERS_EACH: usize = 2;
 
@@ -32,10 +34,10 @@ impl Drop for Seed {
     }
 }
 
-/// In full length 40 rounds of 15 s; by default 3 of 6 s, at the same time.
+/// In full length 40 rounds of 15 s; by default 3 of 8 s, side by side.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_contenders_exclude_each_other() {
-    let (rounds, time) = if full() { (40, Duration::from_secs(15)) } else { (3, Duration::from_secs(6)) };
+    let (rounds, time) = if full() { (40, Duration::from_secs(15)) } else { (3, Duration::from_secs(8)) };
     let given = std::env::var("ETCD_RECIPES_SEED").ok().map(|seed| seed.parse().expect("not a number"));
     let seeds: Vec<u64> = match given {
         Some(seed) => vec![seed],
@@ -59,9 +61,9 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
     let mut running = Vec::new();
     for _ in 0..SESSIONS {
         let faults = Faults::new(scope.endpoint());
-        // An attempt is given up after a second.
-        let session = Session::builder_with_client(faults.client().await).ttl(Duration::from_secs(5));
-        let session = session.connect().await.unwrap();
+        // An attempt is given up after two seconds.
+        let session = Session::builder_with_client(faults.client().await).ttl(PATIENCE);
+        let session = session.connect_timeout(PATIENCE).connect().await.unwrap();
         scope.owns_lease(session.lease_id().unwrap());
         let late = unreliable(&faults, &mut random);
         channels.push((faults, session.clone(), late));
@@ -83,11 +85,10 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
         sessions.push(session);
     }
     let what = format!("seed {seed}: the line is empty");
-    eventually(Duration::from_secs(5), &what, async || line(&mut scope.client(), &name).await.is_empty())
-        .await;
+    eventually(PATIENCE / 4, &what, async || line(&mut scope.client(), &name).await.is_empty()).await;
     for session in &sessions {
         let mutex = etcd_recipes::Mutex::new(session, &name).unwrap();
-        let guard = tokio::time::timeout(Duration::from_secs(2), mutex.lock()).await.expect("stuck").unwrap();
+        let guard = tokio::time::timeout(PATIENCE / 4, mutex.lock()).await.expect("stuck").unwrap();
         oracle.enters(guard.token());
         oracle.leaves();
         guard.unlock().await.unwrap();
@@ -102,7 +103,7 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
 /// Makes a channel fail in every way, each with its own chance in a thousand. Returns those whose second copies come
 /// late.
 fn unreliable(faults: &Faults, random: &mut fastrand::Rng) -> Vec<Injection> {
-    let (soon, late) = (Duration::from_millis(50), Duration::from_secs(2));
+    let (soon, late) = (Duration::from_millis(50), Duration::from_secs(3));
     let chances = [
         (40, Fault::LoseAnswer),
         (8, Fault::NeverAnswer),
