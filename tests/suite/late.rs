@@ -12,12 +12,15 @@ use std::time::Duration;
 
 use etcd_recipes::{Election, Mutex, MutexGuard, Session};
 
-use crate::support::check::{Scope, alive_tasks, eventually};
+use crate::support::check::{Scope, alive_tasks, eventually, scoped};
 use crate::support::faults::{Arm, Fault, Faults, Injection, Until};
 use crate::support::line::{Entry, line, text};
 
-/// Within this time the next lock must succeed, whatever happened to the one before.
-const AT_ONCE: Duration = Duration::from_secs(2);
+/// Attempts of sessions with this TTL are given up after two seconds.
+const TTL: Duration = Duration::from_secs(60);
+/// What is to happen at once has happened by then, also on a machine under load; what is stuck waits for a lease, or
+/// for ever.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// One contender with faults of its own, and a name of its own.
 struct Rig<'a> {
@@ -30,16 +33,11 @@ struct Rig<'a> {
 }
 
 impl<'a> Rig<'a> {
-    /// A session on a channel with faults. An attempt of it is given up after a second.
+    /// A session on a channel with faults.
     async fn new(scope: &'a Scope, name: &str) -> Self {
-        Self::with_ttl(scope, name, Duration::from_secs(5)).await
-    }
-
-    /// An attempt of it is given up after a fifth of this time.
-    async fn with_ttl(scope: &'a Scope, name: &str, ttl: Duration) -> Self {
         let faults = Faults::new(scope.endpoint());
         let session = Session::builder_with_client(faults.client().await);
-        let session = session.ttl(ttl).connect().await.unwrap();
+        let session = session.ttl(TTL).connect_timeout(TTL).connect().await.unwrap();
         scope.owns_lease(session.lease_id().unwrap());
         Self { scope, faults, session, name: scope.key(name), tasks: alive_tasks() }
     }
@@ -64,7 +62,7 @@ impl<'a> Rig<'a> {
 
     /// Waits until nothing is under way in the session; only then are names and slots used again.
     async fn idle(&self) {
-        eventually(AT_ONCE * 2, "the session is idle", async || alive_tasks() <= self.tasks).await;
+        eventually(PATIENCE, "the session is idle", async || alive_tasks() <= self.tasks).await;
     }
 
     /// The line as etcd has it.
@@ -104,6 +102,29 @@ impl Copy {
             Self::Resent => Fault::Hold(Until::Released),
         }
     }
+}
+
+/// Every pair.
+fn each<A: Clone, B>(
+    a: impl IntoIterator<Item = A>,
+    b: impl IntoIterator<Item = B> + Clone,
+) -> impl Iterator<Item = (A, B)> {
+    a.into_iter().flat_map(move |a| b.clone().into_iter().map(move |b| (a.clone(), b)))
+}
+
+/// Runs a test with each of the cases side by side, since they wait long; each in a runtime and a scope of its own.
+fn side_by_side<C: Send>(
+    cases: impl IntoIterator<Item = C>,
+    body: impl AsyncFn(&Scope, C) + std::marker::Copy + Send,
+) {
+    std::thread::scope(|threads| {
+        for case in cases {
+            threads.spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(scoped(async |scope| body(scope, case).await));
+            });
+        }
+    });
 }
 
 /// Lets the late copies go and waits until etcd has answered all of them.

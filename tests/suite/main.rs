@@ -9,4 +9,5 @@ mod support;
 mod cancellation;
 mod examples;
 mod late;
+mod stress;
 mod support_tools;

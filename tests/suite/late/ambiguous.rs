@@ -1,12 +1,13 @@
 //! Entering, leaving and proclaiming, many times over, with a request whose answer is lost, that is late, or that is
 //! sent twice. Each ends by showing that the line is empty and that the next lock is taken at once.
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use etcd_recipes::{Election, Leadership, Mutex, MutexGuard, Result, Session};
+use etcd_recipes::{Election, Leadership, MutexGuard, Result, Session};
 use futures::StreamExt as _;
 
-use super::{AT_ONCE, Rig, arrive, assert_holds};
+use super::{PATIENCE, Rig, TTL, arrive, assert_holds};
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::{Fault, Injection, Until};
 use crate::support::full;
@@ -14,8 +15,8 @@ use crate::support::line::text;
 
 /// The time after which an impatient caller goes away; shorter than what the session waits for an answer.
 const IMPATIENCE: Duration = Duration::from_secs(1);
-/// Attempts of this session are given up after two seconds.
-const TTL: Duration = Duration::from_secs(10);
+/// Most of the time the next one has the lock within this time.
+const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// What becomes of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +72,8 @@ struct Run<'a> {
     way: Way,
     /// Every second one has its late copy arrive later than the others.
     later: bool,
+    /// How long others waited for their turn.
+    waits: Arc<Mutex<Vec<Duration>>>,
 }
 
 /// Runs `each` in every way, 100 times in full length and 12 times by default.
@@ -78,24 +81,29 @@ async fn in_every_way<'a>(scope: &'a Scope, each: impl AsyncFn(&Run<'a>)) {
     let other = Session::builder_with_client(scope.client()).ttl(TTL).connect().await.unwrap();
     scope.owns_lease(other.lease_id().unwrap());
     let times = if full() { 100 } else { 12 };
+    let waits = Arc::new(Mutex::new(Vec::new()));
     let runs = (0..times).flat_map(|number| WAYS.map(|way| (number, way)));
     let runs = futures::stream::iter(runs).map(|(number, way)| {
-        let (each, other) = (&each, other.clone());
+        let (each, other, waits) = (&each, other.clone(), waits.clone());
         async move {
-            let rig = Rig::with_ttl(scope, &format!("{way:?}-{number}"), TTL).await;
-            let run = Run { rig, other, way, later: number % 2 == 1 };
+            let rig = Rig::new(scope, &format!("{way:?}-{number}")).await;
+            let run = Run { rig, other, way, later: number % 2 == 1, waits };
             each(&run).await;
             assert!(run.rig.line().await.is_empty(), "{way:?}");
             run.rig.close().await;
         }
     });
     runs.buffer_unordered(30).collect::<()>().await;
+    let mut waits = std::mem::take(&mut *waits.lock().unwrap());
+    waits.sort_unstable();
+    let median = waits.get(waits.len() / 2);
+    assert!(median.is_none_or(|median| *median < AT_ONCE), "others wait {median:?} for their turn");
     other.close().await.unwrap();
 }
 
 impl Run<'_> {
-    fn other_mutex(&self) -> Mutex {
-        Mutex::new(&self.other, &self.rig.name).unwrap()
+    fn other_mutex(&self) -> etcd_recipes::Mutex {
+        etcd_recipes::Mutex::new(&self.other, &self.rig.name).unwrap()
     }
 
     fn other_election(&self) -> Election {
@@ -104,17 +112,13 @@ impl Run<'_> {
 
     /// The other contender has its turn at once: nothing is stuck. Returns its token.
     async fn other_passes(&self) -> i64 {
-        let mutex = self.other_mutex();
-        let guard = tokio::time::timeout(self.patience(), mutex.lock()).await;
+        let (mutex, start) = (self.other_mutex(), Instant::now());
+        let guard = tokio::time::timeout(PATIENCE, mutex.lock()).await;
         let guard = guard.unwrap_or_else(|_| panic!("{:?}: stuck", self.way)).unwrap();
+        self.waits.lock().unwrap().push(start.elapsed());
         let token = guard.token();
         guard.unlock().await.unwrap();
         token
-    }
-
-    /// A release whose request is late is made by the second one.
-    fn patience(&self) -> Duration {
-        if self.way == Way::LateAndCancelled { AT_ONCE + TTL / 5 } else { AT_ONCE }
     }
 
     /// The late copy arrives, if there is one.
@@ -131,7 +135,7 @@ impl Run<'_> {
         assert!(self.other_mutex().try_lock().await.unwrap().is_none(), "{:?}: held twice", self.way);
     }
 
-    async fn acquire(&self, call: impl AsyncFn(&Mutex) -> Result<MutexGuard>) {
+    async fn acquire(&self, call: impl AsyncFn(&etcd_recipes::Mutex) -> Result<MutexGuard>) {
         let mutex = self.rig.mutex();
         let mut token = self.other_passes().await;
         let (guard, met) = self.way.befalls(&self.rig, call(&mutex)).await;
@@ -155,7 +159,7 @@ impl Run<'_> {
     /// The line becomes empty in time.
     async fn becomes_free(&self) {
         let what = format!("{:?}: the line is empty", self.way);
-        eventually(self.patience(), &what, async || self.rig.line().await.is_empty()).await;
+        eventually(PATIENCE, &what, async || self.rig.line().await.is_empty()).await;
     }
 
     async fn release(&self) {
@@ -263,7 +267,8 @@ async fn lock_is_taken_once_or_not_at_all() {
 #[tokio::test]
 async fn try_lock_takes_the_lock_once_or_not_at_all() {
     scoped(async |scope| {
-        let call = async |mutex: &Mutex| Ok(mutex.try_lock().await?.expect("nobody else is there"));
+        let call =
+            async |mutex: &etcd_recipes::Mutex| Ok(mutex.try_lock().await?.expect("nobody else is there"));
         in_every_way(scope, async |run| run.acquire(call).await).await;
     })
     .await;

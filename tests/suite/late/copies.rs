@@ -3,7 +3,7 @@
 use etcd_client::{Txn, TxnOp};
 use etcd_recipes::{Mutex, MutexGuard};
 
-use super::{AT_ONCE, COPIES, Copy, Rig, arrive, assert_holds};
+use super::{COPIES, Copy, PATIENCE, Rig, arrive, assert_holds, each, side_by_side};
 use crate::support::check::{eventually, scoped};
 use crate::support::faults::{Fault, Injection, Until};
 use crate::support::line::{Foreign, grown_to, text};
@@ -14,7 +14,7 @@ impl Rig<'_> {
     async fn reuse(&self, key: &str) {
         let number = |key: &str| key.rsplit('-').next().map(str::to_owned);
         let mut others = Vec::new();
-        eventually(AT_ONCE, "the number of the key is used again", async || {
+        eventually(PATIENCE, "the number of the key is used again", async || {
             let other = self.scope.key(&format!("other{}", others.len()));
             others.push(Mutex::new(&self.session, other).unwrap().lock().await.unwrap());
             others.last().is_some_and(|other| number(&text(other.key())) == number(key))
@@ -26,100 +26,82 @@ impl Rig<'_> {
     }
 }
 
-fn each<A: Clone, B: Clone>(
-    a: impl IntoIterator<Item = A>,
-    b: impl IntoIterator<Item = B> + Clone,
-) -> impl Iterator<Item = (A, B)> {
-    a.into_iter().flat_map(move |a| b.clone().into_iter().map(move |b| (a.clone(), b)))
-}
-
 /// Locks again and makes sure that key names are used again, without which these tests show nothing.
 async fn lock_again(rig: &Rig<'_>, key: &str) -> MutexGuard {
-    let guard = tokio::time::timeout(AT_ONCE, rig.mutex().lock()).await.expect("stuck").unwrap();
+    let guard = tokio::time::timeout(PATIENCE, rig.mutex().lock()).await.expect("stuck").unwrap();
     assert_eq!(text(guard.key()), key, "the name of the key was not used again");
     guard
 }
 
-#[tokio::test]
-async fn late_entry_does_not_touch_the_next_hold() {
-    scoped(async |scope| {
-        for copy in COPIES {
-            let rig = Rig::new(scope, "lock").await;
-            let late = rig.txns().inject(copy.fault());
-            let first = rig.mutex().lock().await.unwrap();
-            let (key, token) = (text(first.key()), first.token());
-            first.unlock().await.unwrap();
-            let second = lock_again(&rig, &key).await;
-            assert!(second.token() > token);
-            let before = rig.line().await;
-            arrive(&late).await;
-            assert_eq!(rig.line().await, before, "{copy:?}");
-            assert_holds(&rig, &second).await;
-            second.unlock().await.unwrap();
-            assert!(rig.line().await.is_empty(), "{copy:?}");
-            rig.close().await;
-        }
-    })
-    .await;
+#[test]
+fn late_entry_does_not_touch_the_next_hold() {
+    side_by_side(COPIES, async |scope, copy| {
+        let rig = Rig::new(scope, "lock").await;
+        let late = rig.txns().inject(copy.fault());
+        let first = rig.mutex().lock().await.unwrap();
+        let (key, token) = (text(first.key()), first.token());
+        first.unlock().await.unwrap();
+        let second = lock_again(&rig, &key).await;
+        assert!(second.token() > token);
+        let before = rig.line().await;
+        arrive(&late).await;
+        assert_eq!(rig.line().await, before, "{copy:?}");
+        assert_holds(&rig, &second).await;
+        second.unlock().await.unwrap();
+        assert!(rig.line().await.is_empty(), "{copy:?}");
+        rig.close().await;
+    });
 }
 
-#[tokio::test]
-async fn late_entry_does_not_move_the_next_waiter() {
-    scoped(async |scope| {
-        for copy in COPIES {
-            let rig = Rig::new(scope, "lock").await;
-            let late = rig.txns().inject(copy.fault());
-            let first = rig.mutex().lock().await.unwrap();
-            let key = text(first.key());
-            first.unlock().await.unwrap();
-            let holder = Foreign::enter(scope, &rig.name).await;
-            let mutex = rig.mutex();
-            let waiting = tokio::spawn(async move { mutex.lock().await });
-            let before = grown_to(&scope.client(), &rig.name, 2).await;
-            assert_eq!(before[1].key, key, "the name of the key was not used again");
-            let last = Foreign::enter(scope, &rig.name).await;
-            arrive(&late).await;
-            assert_eq!(rig.line().await[..2], before, "{copy:?}");
-            holder.leave().await;
-            let second = waiting.await.unwrap().unwrap();
-            assert!(second.token() > before[1].created);
-            second.unlock().await.unwrap();
-            last.leave().await;
-            rig.close().await;
-        }
-    })
-    .await;
+#[test]
+fn late_entry_does_not_move_the_next_waiter() {
+    side_by_side(COPIES, async |scope, copy| {
+        let rig = Rig::new(scope, "lock").await;
+        let late = rig.txns().inject(copy.fault());
+        let first = rig.mutex().lock().await.unwrap();
+        let key = text(first.key());
+        first.unlock().await.unwrap();
+        let holder = Foreign::enter(scope, &rig.name).await;
+        let mutex = rig.mutex();
+        let waiting = tokio::spawn(async move { mutex.lock().await });
+        let before = grown_to(&scope.client(), &rig.name, 2).await;
+        assert_eq!(before[1].key, key, "the name of the key was not used again");
+        let last = Foreign::enter(scope, &rig.name).await;
+        arrive(&late).await;
+        assert_eq!(rig.line().await[..2], before, "{copy:?}");
+        holder.leave().await;
+        let second = waiting.await.unwrap().unwrap();
+        assert!(second.token() > before[1].created);
+        second.unlock().await.unwrap();
+        last.leave().await;
+        rig.close().await;
+    });
 }
 
-#[tokio::test]
-async fn late_release_does_not_touch_the_next_hold() {
-    scoped(async |scope| {
-        for copy in COPIES {
-            for dropped in [false, true] {
-                let rig = Rig::new(scope, "lock").await;
-                let first = rig.mutex().lock().await.unwrap();
-                let (key, token) = (text(first.key()), first.token());
-                let late = rig.txns().inject(copy.fault());
-                if dropped {
-                    drop(first);
-                    let what = "the dropped guard is released";
-                    eventually(AT_ONCE, what, async || rig.line().await.is_empty()).await;
-                    rig.reuse(&key).await;
-                } else {
-                    first.unlock().await.unwrap();
-                }
-                let second = lock_again(&rig, &key).await;
-                assert!(second.token() > token);
-                let before = rig.line().await;
-                arrive(&late).await;
-                assert_eq!(rig.line().await, before, "{copy:?}, dropped: {dropped}");
-                assert_holds(&rig, &second).await;
-                second.unlock().await.unwrap();
-                rig.close().await;
-            }
+#[test]
+fn late_release_does_not_touch_the_next_hold() {
+    side_by_side(each(COPIES, [false, true]), async |scope, (copy, dropped)| {
+        let rig = Rig::new(scope, "lock").await;
+        let first = rig.mutex().lock().await.unwrap();
+        let (key, token) = (text(first.key()), first.token());
+        let late = rig.txns().inject(copy.fault());
+        if dropped {
+            drop(first);
+            let what = "the dropped guard is released";
+            eventually(PATIENCE, what, async || rig.line().await.is_empty()).await;
+            rig.reuse(&key).await;
+        } else {
+            first.unlock().await.unwrap();
         }
-    })
-    .await;
+        let second = lock_again(&rig, &key).await;
+        assert!(second.token() > token);
+        let before = rig.line().await;
+        arrive(&late).await;
+        assert_eq!(rig.line().await, before, "{copy:?}, dropped: {dropped}");
+        assert_holds(&rig, &second).await;
+        second.unlock().await.unwrap();
+        rig.close().await;
+    });
 }
 
 /// Cancels the session's first call, whose entry meets a fault, and waits until the session has given it up. Copies of
@@ -146,53 +128,47 @@ async fn give_up(rig: &Rig<'_>, entry: Fault, copy: Copy) -> Injection {
 
 /// A call that is cancelled while its request is under way gives up: a transaction sees to it that no copy of the
 /// entry leaves a key. Copies of that transaction arrive late here.
-#[tokio::test]
-async fn late_giving_up_does_not_touch_the_next_hold() {
-    scoped(async |scope| {
-        for (copy, entry) in each(COPIES, [Fault::NeverAnswer, Fault::NeverSend]) {
-            let rig = Rig::new(scope, "lock").await;
-            let late = give_up(&rig, entry, copy).await;
-            let second = lock_again(&rig, &rig.first_key()).await;
-            let before = rig.line().await;
-            arrive(&late).await;
-            assert_eq!(rig.line().await, before, "{copy:?}");
-            assert_holds(&rig, &second).await;
-            second.unlock().await.unwrap();
-            rig.close().await;
-        }
-    })
-    .await;
+#[test]
+fn late_giving_up_does_not_touch_the_next_hold() {
+    side_by_side(each(COPIES, [Fault::NeverAnswer, Fault::NeverSend]), async |scope, (copy, entry)| {
+        let rig = Rig::new(scope, "lock").await;
+        let late = give_up(&rig, entry, copy).await;
+        let second = lock_again(&rig, &rig.first_key()).await;
+        let before = rig.line().await;
+        arrive(&late).await;
+        assert_eq!(rig.line().await, before, "{copy:?}");
+        assert_holds(&rig, &second).await;
+        second.unlock().await.unwrap();
+        rig.close().await;
+    });
 }
 
 /// The op slot that the cancelled call moved is used by a later transaction, which must not take the late copy of the
 /// giving up for its own.
-#[tokio::test]
-async fn late_giving_up_is_not_taken_for_a_users_transaction() {
-    scoped(async |scope| {
-        for (copy, entry) in each(COPIES, [Fault::NeverAnswer, Fault::NeverSend]) {
-            let rig = Rig::new(scope, "lock").await;
-            let late = give_up(&rig, entry, copy).await;
-            let guard = lock_again(&rig, &rig.first_key()).await;
-            // The first attempt is late; before the second, the copy arrives.
-            let written = scope.key("written");
-            let lost = rig.faults.on("Txn").containing(&written).inject(Fault::Hold(Until::Released));
-            let put = Txn::new().and_then([TxnOp::put(written.as_str(), "", None)]);
-            let (result, ()) = tokio::join!(guard.txn(put), async {
-                lost.hit(1).await;
-                arrive(&late).await;
-            });
-            result.unwrap();
-            let mut client = scope.client();
-            let found = client.get(written.as_str(), None).await.unwrap();
-            assert_eq!(found.kvs().len(), 1, "{copy:?}: it was said to be committed");
-            client.delete(written.as_str(), None).await.unwrap();
-            arrive(&lost).await;
-            assert!(client.get(written, None).await.unwrap().kvs().is_empty(), "{copy:?}");
-            guard.unlock().await.unwrap();
-            rig.close().await;
-        }
-    })
-    .await;
+#[test]
+fn late_giving_up_is_not_taken_for_a_users_transaction() {
+    side_by_side(each(COPIES, [Fault::NeverAnswer, Fault::NeverSend]), async |scope, (copy, entry)| {
+        let rig = Rig::new(scope, "lock").await;
+        let late = give_up(&rig, entry, copy).await;
+        let guard = lock_again(&rig, &rig.first_key()).await;
+        // The first attempt is late; before the second, the copy arrives.
+        let written = scope.key("written");
+        let lost = rig.faults.on("Txn").containing(&written).inject(Fault::Hold(Until::Released));
+        let put = Txn::new().and_then([TxnOp::put(written.as_str(), "", None)]);
+        let (result, ()) = tokio::join!(guard.txn(put), async {
+            lost.hit(1).await;
+            arrive(&late).await;
+        });
+        result.unwrap();
+        let mut client = scope.client();
+        let found = client.get(written.as_str(), None).await.unwrap();
+        assert_eq!(found.kvs().len(), 1, "{copy:?}: it was said to be committed");
+        client.delete(written.as_str(), None).await.unwrap();
+        arrive(&lost).await;
+        assert!(client.get(written, None).await.unwrap().kvs().is_empty(), "{copy:?}");
+        guard.unlock().await.unwrap();
+        rig.close().await;
+    });
 }
 
 /// A `try_lock` that was refused by its second attempt, while the first is still on its way.

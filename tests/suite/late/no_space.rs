@@ -1,11 +1,9 @@
 //! Giving up while etcd is out of space and takes nothing but deletions.
 
-use std::time::Duration;
-
 use etcd_client::{Client, CompactionOptions, DeleteOptions};
 use etcd_recipes::Error;
 
-use super::{AT_ONCE, Rig, arrive, assert_holds};
+use super::{PATIENCE, Rig, arrive, assert_holds};
 use crate::support::check::{eventually, scoped_on};
 use crate::support::faults::{Fault, Until};
 use crate::support::line::text;
@@ -37,7 +35,7 @@ async fn make_space(server: &Server) {
 async fn cancelled_lock_leaves_no_key_without_space() {
     let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
     scoped_on(&server, async |scope| {
-        let rig = Rig::with_ttl(scope, "lock", Duration::from_secs(30)).await;
+        let rig = Rig::new(scope, "lock").await;
         let entry = rig.txns().inject(Fault::NeverAnswer);
         let mutex = rig.mutex();
         let call = tokio::spawn(async move { mutex.lock().await });
@@ -46,7 +44,7 @@ async fn cancelled_lock_leaves_no_key_without_space() {
         fill(&mut scope.client()).await;
         let late = rig.txns().always().inject(Fault::Twice(Until::Released));
         call.abort();
-        eventually(AT_ONCE, "the cancelled call leaves no key", async || rig.line().await.is_empty()).await;
+        eventually(PATIENCE, "the cancelled call leaves no key", async || rig.line().await.is_empty()).await;
         rig.faults.clear();
         let refused = rig.mutex().lock().await;
         assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
