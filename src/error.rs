@@ -14,7 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The name cannot be used as a key; nothing was sent. Choose another.
-    #[error("the name {name:?} cannot be used: {reason}")]
+    #[error("the name \"{name}\" cannot be used: {reason}")]
     InvalidName {
         /// The name as given, escaped and shortened.
         name: String,

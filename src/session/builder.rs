@@ -7,7 +7,7 @@ use etcd_client::{Client, ConnectOptions};
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch as channel};
 use tokio_util::sync::CancellationToken;
 
-use super::endpoints::Endpoints;
+use super::endpoints::{self, Endpoints};
 use super::lease::{self, Keeper, Liveness};
 use super::rpc::Rpc;
 use super::runtime::Runtime;
@@ -104,7 +104,8 @@ impl SessionBuilder {
         self
     }
 
-    /// Asks `alive` before each keepalive; while it says no, none is sent, and the lease is lost at its deadline.
+    /// Asks `alive` before each keepalive; while it says no, none is sent, and the lease is lost at its deadline. No new
+    /// lease is taken before it says yes.
     ///
     /// It is called on the task or thread of the keepalives and must not block.
     pub fn liveness(mut self, alive: impl Fn() -> bool + Send + Sync + 'static) -> Self {
@@ -117,7 +118,8 @@ impl SessionBuilder {
     /// # Errors
     ///
     /// [`Error::InvalidOption`] for an option out of range; [`Error::Unreachable`] when no endpoint answered within the
-    /// connect timeout; [`Error::AuthFailed`] when etcd refuses the user.
+    /// connect timeout; [`Error::AuthFailed`] when etcd refuses the user; [`Error::PermissionDenied`] when the user has no
+    /// permission for the namespace.
     ///
     /// # Cancel safety
     ///
@@ -192,6 +194,9 @@ impl SessionBuilder {
         }
         if self.identity.as_ref().is_some_and(|identity| identity.len() > 1024) {
             return refuse("identity", "it is longer than 1,024 bytes");
+        }
+        if let Transport::Endpoints(endpoints) = &self.transport {
+            endpoints.iter().try_for_each(|endpoint| endpoints::check(endpoint))?;
         }
         match &self.transport {
             Transport::Endpoints(endpoints) if endpoints.is_empty() => refuse("endpoints", "there are none"),

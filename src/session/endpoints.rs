@@ -9,6 +9,7 @@ use etcd_client::{Client, ConnectOptions};
 use tokio::sync::OnceCell;
 
 use super::runtime::{Backoff, Runtime};
+use crate::error::{Error, Result};
 
 /// A set of connections. A session has two: one for requests and watches, one for keepalives, so that a burst of data
 /// on the first cannot delay the second.
@@ -78,6 +79,31 @@ impl Endpoints {
             }
             backoff.wait(runtime).await;
         }
+    }
+}
+
+/// Refuses what cannot be the address of a member.
+pub(crate) fn check(endpoint: &str) -> Result<()> {
+    let refuse = |reason| Err(Error::InvalidOption { option: "endpoints", reason });
+    if endpoint.contains('@') {
+        return refuse("one names a user; use `user`, which keeps the password out of messages".into());
+    }
+    let (scheme, address) = endpoint.split_once("://").unwrap_or(("http", endpoint));
+    let authority = address.split('/').next().unwrap_or_default();
+    // The last colon may be one of an IPv6 address, which ends with a bracket.
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    let odd = |c: char| c.is_whitespace() || c.is_control();
+    let usable = matches!(scheme, "http" | "https")
+        && !host.is_empty()
+        && !address.contains(odd)
+        && port.is_none_or(|port| port.parse::<u16>().is_ok());
+    if usable {
+        Ok(())
+    } else {
+        refuse(format!("{endpoint:?} is neither host:port nor a URL with http or https"))
     }
 }
 

@@ -75,7 +75,11 @@ impl Keeper {
     /// A dropped call may leave a lease without keys, which expires after its TTL.
     pub(crate) async fn first(&self, limit: Duration) -> Result<Arc<Generation>> {
         let mut last = None;
-        let granted = tokio::time::timeout(limit, self.grant(1, &mut last)).await;
+        let first = async {
+            self.admitted(&mut last).await?;
+            self.grant(1, &mut last).await
+        };
+        let granted = tokio::time::timeout(limit, first).await;
         granted.unwrap_or_else(|_| Err(self.rpc.unreachable(limit, last)))
     }
 
@@ -94,6 +98,9 @@ impl Keeper {
             let renewed = async {
                 // Before the first write of the next generation: keys of the old one may still be there.
                 self.revoke(&generation, false).await;
+                while !self.application_lives() {
+                    tokio::time::sleep(self.patience()).await;
+                }
                 self.grant_until_done(generation.number + 1).await
             };
             generation = tokio::select! {
@@ -110,6 +117,33 @@ impl Keeper {
         tracing::info!(lease = format_args!("{:x}", generation.lease), generation = number, "lease granted");
         self.current.send_replace(Some(generation.clone()));
         self.state.send_replace(SessionState::Connected { generation: number });
+    }
+
+    /// Makes sure that the session may do what it has to do: etcd grants leases to everybody, and a session that may not
+    /// read would only find out when it cannot confirm its first keepalive.
+    async fn admitted(&self, last: &mut Option<etcd_client::Error>) -> Result<()> {
+        let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
+        loop {
+            let probe = self.rpc.probe.clone();
+            let call = move |mut client: Client| -> BoxFuture<'static, _> {
+                let options = GetOptions::new().with_count_only();
+                Box::pin(async move { client.get(probe, Some(options)).await })
+            };
+            match self.rpc.attempt(&self.rpc.probe, call).await {
+                Ok(_) => return Ok(()),
+                Err(Failure::Refused(error)) => return Err(error),
+                // A new login did not help: the client has no user.
+                Err(Failure::Login(source)) if logins == 3 => return Err(Error::AuthFailed { source }),
+                Err(Failure::Login(error)) => {
+                    logins += 1;
+                    *last = Some(error);
+                }
+                Err(Failure::Again(error) | Failure::LeaseGone(error)) => *last = Some(error),
+                Err(Failure::Unknown(error)) => *last = error,
+                Err(Failure::LeaseExists) => {}
+            }
+            backoff.wait(&self.rpc.runtime).await;
+        }
     }
 
     async fn grant_until_done(&self, number: u64) -> Arc<Generation> {
@@ -223,7 +257,7 @@ impl Keeper {
     /// Renews the lease: first on the open stream; while no answer comes, on more streams through the other members.
     async fn renew(&self, generation: &Generation, stream: &mut Option<Box<Stream>>) -> bool {
         let runtime = &self.rpc.runtime;
-        let patience = (self.ttl / 10).min(Duration::from_millis(500));
+        let patience = self.patience();
         let mut backoff = Backoff::new(patience / 4, patience);
         let mut beats = FuturesUnordered::new();
         let mut member = self.rpc.endpoints.current();
@@ -264,6 +298,11 @@ impl Keeper {
                 () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
             }
         }
+    }
+
+    /// How long something is waited for before something else is tried.
+    fn patience(&self) -> Duration {
+        (self.ttl / 10).min(Duration::from_millis(500))
     }
 
     /// Asks the application, if it wants to be asked. One that panics does not live.

@@ -6,8 +6,23 @@
 #[allow(dead_code, reason = "tools are written before the tests that need them")]
 mod support;
 
+mod auth;
+mod bad_input;
 mod cancellation;
+mod election;
+mod election_loss;
+mod election_observe;
 mod examples;
+mod interop;
+mod interop_recreated;
 mod late;
+mod line_gaps;
+mod mutex;
+mod mutex_line;
+mod mutex_order;
+mod send_sync;
+mod session;
+mod session_drop;
+mod session_options;
 mod stress;
 mod support_tools;

@@ -6,6 +6,7 @@ pub(crate) mod check;
 pub(crate) mod child;
 pub(crate) mod cluster;
 pub(crate) mod faults;
+pub(crate) mod foreign;
 pub(crate) mod line;
 pub(crate) mod metrics;
 pub(crate) mod poll;
@@ -13,6 +14,8 @@ pub(crate) mod ports;
 pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod server;
+pub(crate) mod sessions;
+pub(crate) mod users;
 
 use std::sync::OnceLock;
 

@@ -252,6 +252,28 @@ async fn swallows_messages_in_streams() {
 }
 
 #[tokio::test]
+async fn holds_messages_in_streams_back() {
+    scoped(async |scope| {
+        let (faults, mut client) = faulty(scope).await;
+        let key = scope.key("k");
+        let mut watch = client.watch(key.as_str(), None).await.unwrap();
+        assert!(watch.message().await.unwrap().unwrap().created());
+        faults.hold_answers("Watch", true);
+        scope.client().put(key.as_str(), "held", None).await.unwrap();
+        tokio::select! {
+            answer = watch.message() => panic!("not held: {answer:?}"),
+            () = eventually(PATIENCE, "the event arrives", async || faults.messages_received("Watch") == 2) => {}
+        }
+        assert!(tokio::time::timeout(SHORT, watch.message()).await.is_err());
+        faults.hold_answers("Watch", false);
+        let answer = watch.message().await.unwrap().unwrap();
+        assert_eq!(answer.events()[0].kv().unwrap().value(), b"held");
+        clean(scope).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn faults_at_the_opening_of_streams() {
     scoped(async |scope| {
         let (faults, mut client) = faulty(scope).await;

@@ -76,7 +76,7 @@ impl Faults {
         Arm { faults: self, method: method.to_owned(), predicate: None, skip: 0, times: 1 }
     }
 
-    /// Disarms every fault and lets swallowed streams flow again. Requests already held stay held.
+    /// Disarms every fault and lets swallowed and held streams flow again. Requests already held stay held.
     pub(crate) fn clear(&self) {
         self.rules().clear();
         self.shared.streams.clear();
@@ -96,6 +96,12 @@ impl Faults {
     /// Throws away the next `count` messages that callers send in streams of a method. Zero ends it.
     pub(crate) fn swallow_requests(&self, method: &str, count: usize) {
         self.shared.streams.swallow_requests(method, count);
+    }
+
+    /// Holds back the messages that arrive in streams of a method from now on, in their order, until they are
+    /// held no longer (`false`). They are counted when they arrive; of those held, only the first is.
+    pub(crate) fn hold_answers(&self, method: &str, hold: bool) {
+        self.shared.streams.hold_answers(method, hold);
     }
 
     /// How many messages callers sent in streams of a method so far, for example renewals.

@@ -1,10 +1,11 @@
-//! The messages inside streams: counted, and thrown away when a test says so.
+//! The messages inside streams: counted, and thrown away or held back when a test says so.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use futures::{Stream, StreamExt as _};
 use http::Response;
+use tokio::sync::watch;
 use tokio_util::bytes::Bytes;
 use tonic::body::Body;
 use tonic::{Status, Streaming};
@@ -41,6 +42,8 @@ type Flows = Mutex<HashMap<String, Flow>>;
 pub(super) struct Streams {
     requests: Flows,
     answers: Flows,
+    /// By method: whether answers are held back.
+    gates: Mutex<HashMap<String, watch::Sender<bool>>>,
 }
 
 impl Streams {
@@ -50,6 +53,15 @@ impl Streams {
 
     pub(super) fn swallow_answers(&self, method: &str, count: usize) {
         with(&self.answers, method, |flow| flow.swallow = count);
+    }
+
+    pub(super) fn hold_answers(&self, method: &str, hold: bool) {
+        self.gates.lock().unwrap().entry(method.to_owned()).or_default().send_replace(hold);
+    }
+
+    /// Tells whether answers are held back.
+    fn gate(&self, method: &str) -> watch::Receiver<bool> {
+        self.gates.lock().unwrap().entry(method.to_owned()).or_default().subscribe()
     }
 
     pub(super) fn sent(&self, method: &str) -> usize {
@@ -64,6 +76,9 @@ impl Streams {
         for flows in [&self.requests, &self.answers] {
             flows.lock().unwrap().values_mut().for_each(|flow| flow.swallow = 0);
         }
+        self.gates.lock().unwrap().values().for_each(|gate| {
+            gate.send_replace(false);
+        });
     }
 }
 
@@ -86,7 +101,7 @@ impl Shared {
         })
     }
 
-    /// An answer whose messages are counted and may be swallowed.
+    /// An answer whose messages are counted and may be swallowed or held back.
     pub(super) fn answers(self: Arc<Self>, method: &'static str, answer: Response<Body>) -> Response<Body> {
         if wire::status_in_head(&answer).is_some() {
             return answer;
@@ -95,9 +110,14 @@ impl Shared {
         *head.status_mut() = answer.status();
         *head.version_mut() = answer.version();
         *head.headers_mut() = answer.headers().clone();
-        let messages = wire::answer_messages(answer).filter(move |message| {
+        let gate = self.streams.gate(method);
+        let messages = wire::answer_messages(answer).filter_map(move |message| {
             let pass = message.is_err() || with(&self.streams.answers, method, Flow::pass);
-            std::future::ready(pass)
+            let mut gate = gate.clone();
+            async move {
+                let _ = gate.wait_for(|held| !held).await;
+                pass.then_some(message)
+            }
         });
         head.map(|()| wire::answer_body(messages))
     }
