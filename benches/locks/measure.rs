@@ -191,9 +191,10 @@ impl Bench {
     /// Messages of watches for one hand-off, and how many of them tell of an event.
     async fn audience(&self, waiters: usize) -> Result<Vec<Option<Figure>>> {
         let load = self.load(Workload::MutexContended, waiters, 5.0);
-        // All come at once; it takes seconds until a thousand have found their places.
-        let warm = Duration::from_millis(1000 + 5 * waiters as u64);
-        let line = run(&Load { hold: SHORT_SECTION, mode: "few".into(), warm, ..load }).await?;
+        // All come at once, and it takes seconds until a thousand have found their places. Their keepalives come at
+        // once as well and hold up the line, so a short look may see no hand-off at all.
+        let (warm, dur) = (Duration::from_millis(1000 + 5 * waiters as u64), Duration::from_secs(5));
+        let line = run(&Load { hold: SHORT_SECTION, mode: "few".into(), warm, dur, ..load }).await?;
         let (out, asked) = (line.count("out/Watch"), line.count("in/Watch"));
         let origin = format!("{} hand-offs; {asked:.2} watches made or cancelled for each", line.ops);
         // Each request for a watch, or for its end, is answered by one message.
