@@ -1,6 +1,9 @@
 //! Three real etcd servers that form a cluster.
 
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::server::{Options, PATIENCE, Ports, Server, peer_url};
 
@@ -8,6 +11,13 @@ use super::server::{Options, PATIENCE, Ports, Server, peer_url};
 #[derive(Debug)]
 pub(crate) struct Cluster {
     members: Vec<Server>,
+    _turn: OwnedSemaphorePermit,
+}
+
+/// Clusters are heavy, and one that is short of processor time loses its leader: one at a time.
+fn turn() -> Arc<Semaphore> {
+    static TURN: OnceLock<Arc<Semaphore>> = OnceLock::new();
+    TURN.get_or_init(|| Arc::new(Semaphore::new(1))).clone()
 }
 
 impl Cluster {
@@ -16,19 +26,20 @@ impl Cluster {
         Self::with(Options::cluster()).await
     }
 
-    /// Three members, all ready.
+    /// Three members, all ready. Waits until there is no other cluster in this process.
     pub(crate) async fn with(options: Options) -> Self {
+        let turn = turn().acquire_owned().await.expect("the semaphore was closed");
         let mut reason = String::new();
         for _ in 0..5 {
             match Self::attempt(&options).await {
-                Ok(cluster) => return cluster,
+                Ok(members) => return Self { members, _turn: turn },
                 Err(error) => reason = error,
             }
         }
         panic!("no etcd cluster: {reason}");
     }
 
-    async fn attempt(options: &Options) -> Result<Self, String> {
+    async fn attempt(options: &Options) -> Result<Vec<Server>, String> {
         let ports: Vec<Ports> = (0..3).map(|_| Ports::free()).collect();
         let names: Vec<String> =
             ports.iter().enumerate().map(|(i, ports)| format!("m{i}={}", peer_url(*ports))).collect();
@@ -39,7 +50,7 @@ impl Cluster {
         for member in &members {
             member.try_ready().await?;
         }
-        Ok(Self { members })
+        Ok(members)
     }
 
     /// A member by its index; stop, pause, restart and the like are its methods.

@@ -4,10 +4,13 @@
 pub(crate) mod binaries;
 pub(crate) mod check;
 pub(crate) mod child;
+pub(crate) mod clock;
 pub(crate) mod cluster;
 pub(crate) mod faults;
 pub(crate) mod foreign;
+pub(crate) mod holds;
 pub(crate) mod line;
+pub(crate) mod measure;
 pub(crate) mod metrics;
 pub(crate) mod poll;
 pub(crate) mod ports;
@@ -23,6 +26,11 @@ use etcd_client::{Client, ConnectOptions};
 use tokio::runtime::{Builder, Runtime};
 
 use server::Server;
+
+/// Whether everything is to run in full: rounds that take too long otherwise.
+pub(crate) fn full() -> bool {
+    std::env::var_os("ETCD_RECIPES_FULL").is_some()
+}
 
 /// The one etcd of this test process for tests that do not hurt their server. Started at first use with
 /// [`Server::fast`]; it dies with the process.
@@ -65,9 +73,4 @@ pub(crate) async fn client_with<E: Into<String>>(
         .await
         .expect("connecting panicked")
         .expect("cannot connect to etcd")
-}
-
-/// Whether tests run in their full length; by default they repeat less often.
-pub(crate) fn full() -> bool {
-    std::env::var_os("ETCD_RECIPES_FULL").is_some()
 }
