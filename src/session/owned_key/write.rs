@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::Owned;
 use crate::error::{Error, Result};
 use crate::name;
-use crate::session::rpc::{Failure, RangeAnswer, revision};
+use crate::session::rpc::{Failure, KeyFacts, RangeAnswer, revision};
 use crate::session::runtime::Backoff;
 use crate::session::slots::Slot;
 
@@ -41,14 +41,13 @@ impl Owned {
                 }
                 Ok(response) => {
                     let found = RangeAnswer::of(&response.0.responses, 0);
-                    let Some((facts, found)) = found.and_then(|found| found.first_value()) else {
+                    let found = found.and_then(|found| found.first_value());
+                    let ours = |(facts, _): &(KeyFacts, _)| facts.create_revision == self.create_revision;
+                    let Some((facts, found)) = found.filter(ours) else {
                         self.set_gone();
-                        return Err(self.error());
+                        // An attempt may have been applied before the key was gone.
+                        return Err(self.unresolved(unanswered));
                     };
-                    if facts.create_revision != self.create_revision {
-                        self.set_gone();
-                        return Err(self.error());
-                    }
                     *last = facts.mod_revision;
                     // An earlier copy of this put, or somebody who wrote over our value: then it is put again.
                     if unanswered && found == value {
