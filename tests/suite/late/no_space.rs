@@ -61,3 +61,27 @@ async fn cancelled_lock_leaves_no_key_without_space() {
     })
     .await;
 }
+
+/// A lock that was refused by its second attempt, while the first is still on its way.
+#[tokio::test]
+async fn refused_lock_takes_nothing_later() {
+    let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
+    scoped_on(&server, async |scope| {
+        let rig = Rig::new(scope, "lock").await;
+        let late = rig.txns().inject(Fault::Hold(Until::Released));
+        let mutex = rig.mutex();
+        let call = tokio::spawn(async move { mutex.lock().await });
+        late.hit(1).await;
+        fill(&mut scope.client()).await;
+        let refused = call.await.unwrap();
+        assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+        make_space(&server).await;
+        arrive(&late).await;
+        // The session goes on until the first attempt can do nothing.
+        rig.idle().await;
+        assert!(rig.line().await.is_empty(), "{:?}", rig.line().await);
+        rig.pass().await;
+        rig.close().await;
+    })
+    .await;
+}

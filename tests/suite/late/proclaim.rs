@@ -1,6 +1,6 @@
 //! Late copies of proclamations: what was proclaimed later, or by the next leadership, stands.
 
-use etcd_recipes::Leadership;
+use etcd_recipes::{Error, Leadership};
 
 use super::{COPIES, Copy, PATIENCE, Rig, arrive, side_by_side};
 use crate::support::check::{alive_tasks, eventually, scoped};
@@ -138,6 +138,29 @@ fn dropped_proclamation_does_not_undo_one_after_resuming() {
         arrive(&late).await;
         assert_eq!(rig.value().await, "last");
         resumed.resign().await.unwrap();
+        rig.close().await;
+    });
+}
+
+/// The leadership ends while an attempt is unanswered: it may have been seen, or not.
+#[test]
+fn loss_during_a_proclamation_leaves_it_unknown() {
+    side_by_side([Fault::NeverAnswer, Fault::NeverSend], async |scope, fault| {
+        let rig = Rig::new(scope, "election").await;
+        let leadership = rig.lead("first").await;
+        let committed = matches!(fault, Fault::NeverAnswer);
+        let first = rig.txns().inject(fault);
+        let delete = async {
+            first.hit(1).await;
+            if committed {
+                first.answered(1).await;
+            }
+            scope.client().delete(leadership.key(), None).await.unwrap();
+        };
+        let (result, ()) = tokio::join!(leadership.proclaim("second"), delete);
+        assert!(matches!(result, Err(Error::OutcomeUnknown { .. })), "{result:?}");
+        assert!(leadership.proclaim("third").await.unwrap_err().is_lost());
+        assert!(leadership.resign().await.unwrap_err().is_lost());
         rig.close().await;
     });
 }
