@@ -7,9 +7,7 @@
 mod support;
 
 mod auth;
-mod auth_churn;
 mod bad_input;
-mod burst;
 mod cancellation;
 mod election;
 mod election_loss;
@@ -30,7 +28,6 @@ mod send_sync;
 mod session;
 mod session_drop;
 mod session_options;
-mod space;
 mod stale_leader;
 mod stress;
 mod support_tools;
