@@ -283,7 +283,7 @@ async fn more_operations_than_a_transaction_takes_are_refused() {
         refused(
             guard.txn(Txn::new().and_then([inner])).await,
             too_large,
-            &["the number of operations", "125"],
+            &["the number of operations", "128", "126"],
         );
         guard.txn(Txn::new().and_then([TxnOp::txn(puts(scope, 125, 1))])).await.unwrap();
         assert_eq!(server.revision().await, revision + 1);
