@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, GetOptions, LeaseGrantOptions, LeaseKeepAliveStream, LeaseKeeper, ResponseHeader};
-use futures::FutureExt;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use futures::{FutureExt, TryFutureExt};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -164,14 +164,19 @@ impl Keeper {
         let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(150));
         let (mut lease, mut sent_before) = (self.random_lease(), false);
         loop {
-            let (id, sent) = (lease.get(), self.rpc.runtime.now());
-            let call = move |mut client: Client| -> BoxFuture<'static, _> {
-                Box::pin(
-                    async move { client.lease_grant(ttl, Some(LeaseGrantOptions::new().with_id(id))).await },
-                )
+            let id = lease.get();
+            let grant = || {
+                let sent = self.rpc.runtime.now();
+                let call = move |mut client: Client| -> BoxFuture<'static, _> {
+                    let options = LeaseGrantOptions::new().with_id(id);
+                    Box::pin(async move { client.lease_grant(ttl, Some(options)).await })
+                };
+                self.rpc.attempt(b"the session's lease", call).map_ok(move |granted| (sent, granted)).boxed()
             };
-            match self.rpc.attempt(b"the session's lease", call).await {
-                Ok(granted) => {
+            let (answer, several) = self.answer(grant).await;
+            sent_before |= several;
+            match answer {
+                Ok((sent, granted)) => {
                     let deadline = local_deadline(sent, seconds(granted.ttl()));
                     return Ok(self.generation(number, lease, deadline));
                 }
@@ -196,6 +201,29 @@ impl Keeper {
         }
     }
 
+    /// Makes an attempt, and more through the other members while none is answered: one that stands still would hold
+    /// the next generation up for as long as an attempt may take. Tells whether there were several.
+    async fn answer<'a, T>(
+        &'a self,
+        attempt: impl Fn() -> BoxFuture<'a, Result<T, Failure>>,
+    ) -> (Result<T, Failure>, bool) {
+        const PAUSE: Duration = Duration::from_millis(150);
+        const MOST: usize = 8;
+        let mut attempts = FuturesUnordered::new();
+        attempts.push(attempt());
+        let mut several = false;
+        loop {
+            tokio::select! {
+                Some(answer) = attempts.next() => return (answer, several),
+                () = tokio::time::sleep(PAUSE), if attempts.len() < MOST => {
+                    self.rpc.endpoints.avoid(self.rpc.endpoints.current());
+                    several = true;
+                    attempts.push(attempt());
+                }
+            }
+        }
+    }
+
     fn generation(&self, number: u64, lease: NonZeroI64, deadline: Time) -> Arc<Generation> {
         Arc::new(Generation::new(number, lease, deadline, self.rpc.runtime.clone()))
     }
@@ -211,10 +239,13 @@ impl Keeper {
         let revoke = async {
             let mut backoff = Backoff::of_requests();
             loop {
-                let call = move |mut client: Client| -> BoxFuture<'static, _> {
-                    Box::pin(async move { client.lease_revoke(id).await })
+                let revoke = || {
+                    let call = move |mut client: Client| -> BoxFuture<'static, _> {
+                        Box::pin(async move { client.lease_revoke(id).await })
+                    };
+                    self.rpc.attempt(b"the session's lease", call).boxed()
                 };
-                match self.rpc.attempt(b"the session's lease", call).await {
+                match self.answer(revoke).await.0 {
                     Ok(_) | Err(Failure::LeaseGone(_)) => return,
                     Err(Failure::Refused(error)) => {
                         tracing::warn!(%error, "the lease cannot be revoked; it will expire");
