@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use etcd_recipes::etcd_client::CompactionOptions;
 use etcd_recipes::{Mutex, MutexGuard, Session};
 use tokio::task::JoinHandle;
 
+use crate::support::background;
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
@@ -120,10 +122,15 @@ async fn a_holder_whose_key_was_deleted_and_compacted_away_notices() {
     let proxy = Proxy::start(server.endpoint()).await;
     scoped_on(&server, async |scope| {
         let (near, far) = (session(scope).await, patient(scope, proxy.endpoint()).await);
-        // At once, before its key is watched, with nothing in between.
+        // At once, with nothing in between, and before its key is watched: the session's runtime stands still.
         let held = mutex(&near, scope).lock().await.unwrap();
-        scope.client().delete(held.key(), None).await.unwrap();
-        server.compact().await;
+        let (mut client, key) = (scope.client(), held.key().to_vec());
+        let gone = async move {
+            let deleted = client.delete(key, None).await.unwrap().header().unwrap().revision();
+            let options = CompactionOptions::new().with_physical();
+            client.compact(deleted, Some(options)).await.unwrap();
+        };
+        std::thread::spawn(|| background().block_on(gone)).join().unwrap();
         tokio::time::timeout(PATIENCE, held.lost()).await.expect("the loss is noticed");
         drop(held);
 

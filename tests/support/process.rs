@@ -68,9 +68,17 @@ impl Process {
 
     /// Sends a signal. Panics when it has ended: once waited for, its id may be another's.
     pub(crate) fn signal(&mut self, signal: Signal) {
-        assert!(self.ended().is_none(), "process {} has ended", self.id());
+        assert!(self.try_signal(signal), "process {} has ended", self.id());
+    }
+
+    /// Sends a signal, unless it has ended.
+    fn try_signal(&mut self, signal: Signal) -> bool {
+        if self.ended().is_some() {
+            return false;
+        }
         let id = i32::try_from(self.child.id()).expect("process id out of range");
         kill(Pid::from_raw(id), signal).expect("cannot signal our own child");
+        true
     }
 
     /// Freezes it with SIGSTOP. Returns when no thread of it runs, which takes the system a moment.
@@ -117,9 +125,8 @@ impl Process {
 
     /// Asks it to end (also when paused) and waits.
     pub(crate) async fn terminate(mut self, timeout: Duration) -> ExitStatus {
-        if self.ended().is_none() {
-            self.signal(Signal::SIGTERM);
-            self.signal(Signal::SIGCONT);
+        for signal in [Signal::SIGTERM, Signal::SIGCONT] {
+            self.try_signal(signal);
         }
         self.wait(timeout).await
     }
