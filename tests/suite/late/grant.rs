@@ -122,8 +122,8 @@ async fn cancelled_connect_leaves_no_lease() {
             let faults = Faults::new(scope.endpoint());
             let grant = faults.next("LeaseGrant", Fault::Hold(Until::Released));
             let builder = Session::builder_with_client(faults.client().await).ttl(SHORT);
-            // Half the time of an attempt, so that it is the held request that is cancelled.
-            let call = tokio::time::timeout(SHORT / 10, builder.connect());
+            // Less than the pause before another attempt joins, so that it is the held request that is cancelled.
+            let call = tokio::time::timeout(Duration::from_millis(100), builder.connect());
             assert!(call.await.is_err(), "it was not held back");
             (faults, grant)
         }))
