@@ -22,6 +22,9 @@ const TTL: Duration = Duration::from_secs(60);
 /// for ever.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// No case of a test takes that long.
+const LONG: Duration = Duration::from_secs(60);
+
 /// One contender with faults of its own, and a name of its own.
 struct Rig<'a> {
     scope: &'a Scope,
@@ -72,7 +75,8 @@ impl<'a> Rig<'a> {
 
     /// Locks, unlocks, and returns the token.
     async fn pass(&self) -> i64 {
-        let guard = self.mutex().lock().await.unwrap();
+        let mutex = self.mutex();
+        let guard = tokio::time::timeout(PATIENCE, mutex.lock()).await.expect("stuck").unwrap();
         let token = guard.token();
         guard.unlock().await.unwrap();
         token
@@ -121,7 +125,8 @@ fn side_by_side<C: Send>(
         for case in cases {
             threads.spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(scoped(async |scope| body(scope, case).await));
+                let test = scoped(async |scope| body(scope, case).await);
+                runtime.block_on(async { tokio::time::timeout(LONG, test).await }).expect("stuck");
             });
         }
     });

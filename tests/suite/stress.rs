@@ -73,7 +73,7 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
         }
     }
     for contender in running {
-        contender.await.unwrap();
+        tokio::time::timeout(time + PATIENCE, contender).await.expect("stuck").unwrap();
     }
     let mut sessions = Vec::new();
     for (faults, session, late) in channels {

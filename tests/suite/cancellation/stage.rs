@@ -16,6 +16,9 @@ use crate::support::poll::{drop_after_polls, drop_when_woken};
 /// Within this time everything must be as if the dropped call had never been.
 pub(super) const AT_ONCE: Duration = Duration::from_secs(2);
 
+/// No call takes that long.
+const LONG: Duration = Duration::from_secs(60);
+
 /// Where a future is dropped.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Cut {
@@ -99,7 +102,8 @@ pub(super) async fn every_cut(call: impl AsyncFn(&Stage<'_>, Knife<'_>) -> Optio
         let try_cut = async |cut| {
             // Boxed: in debug builds a large future is copied to the stack more often than it has room for.
             let knife = Knife { cut, faults: &stage.faults };
-            let complete = Box::pin(call(&stage, knife)).await.is_some();
+            let call = tokio::time::timeout(LONG, Box::pin(call(&stage, knife))).await;
+            let complete = call.unwrap_or_else(|_| panic!("{cut:?}: stuck")).is_some();
             stage.look_around(cut).await;
             complete
         };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use etcd_recipes::{Election, Leadership, MutexGuard, Result, Session};
 use futures::StreamExt as _;
 
-use super::{PATIENCE, Rig, TTL, arrive, assert_holds};
+use super::{LONG, PATIENCE, Rig, TTL, arrive, assert_holds};
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::{Fault, Injection, Until};
 use crate::support::full;
@@ -88,7 +88,7 @@ async fn in_every_way<'a>(scope: &'a Scope, each: impl AsyncFn(&Run<'a>)) {
         async move {
             let rig = Rig::new(scope, &format!("{way:?}-{number}")).await;
             let run = Run { rig, other, way, later: number % 2 == 1, waits };
-            each(&run).await;
+            tokio::time::timeout(LONG, each(&run)).await.unwrap_or_else(|_| panic!("{way:?}: stuck"));
             assert!(run.rig.line().await.is_empty(), "{way:?}");
             run.rig.close().await;
         }

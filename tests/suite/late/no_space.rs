@@ -2,6 +2,7 @@
 
 use etcd_client::{Client, CompactionOptions, DeleteOptions};
 use etcd_recipes::Error;
+use tokio::time::timeout;
 
 use super::{PATIENCE, Rig, arrive, assert_holds};
 use crate::support::check::{eventually, scoped_on};
@@ -46,12 +47,12 @@ async fn cancelled_lock_leaves_no_key_without_space() {
         call.abort();
         eventually(PATIENCE, "the cancelled call leaves no key", async || rig.line().await.is_empty()).await;
         rig.faults.clear();
-        let refused = rig.mutex().lock().await;
+        let refused = timeout(PATIENCE, rig.mutex().lock()).await.expect("stuck");
         assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
 
         make_space(&server).await;
         rig.idle().await;
-        let next = rig.mutex().lock().await.unwrap();
+        let next = timeout(PATIENCE, rig.mutex().lock()).await.expect("stuck").unwrap();
         assert_eq!(text(next.key()), rig.first_key(), "the name of the key was not used again");
         arrive(&late).await;
         assert_holds(&rig, &next).await;
