@@ -57,11 +57,11 @@ impl Endpoints {
     }
 
     /// The client of member `index`. The first call may log in; the caller bounds its time.
-    pub(crate) async fn client(&self, index: usize) -> Result<Client, etcd_client::Error> {
+    pub(crate) async fn client(&self, index: usize) -> Result<&Client, etcd_client::Error> {
         let member = &self.members[index % self.members.len()];
         // Boxed, because it is large and rarely runs, and every request's future contains it.
         let connect = || Box::pin(Client::connect([member.name.as_str()], self.options.clone()));
-        member.client.get_or_try_init(connect).await.cloned()
+        member.client.get_or_try_init(connect).await
     }
 
     /// A client for the user's own requests, over all members. It may have to log in, and a member may be dead, so it
@@ -70,7 +70,7 @@ impl Endpoints {
         let mut backoff = Backoff::of_requests();
         loop {
             let connected = match &self.options {
-                None => self.client(0).await,
+                None => self.client(0).await.cloned(),
                 Some(options) => Box::pin(Client::connect(self.names(), Some(options.clone()))).await,
             };
             match connected {

@@ -125,8 +125,8 @@ impl Keeper {
         let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
         loop {
             let probe = self.rpc.probe.clone();
-            let call = move |mut client: Client| -> BoxFuture<'static, _> {
-                let options = GetOptions::new().with_count_only();
+            let call = move |client: &Client| -> BoxFuture<'static, _> {
+                let (mut client, options) = (client.kv_client(), GetOptions::new().with_count_only());
                 Box::pin(async move { client.get(probe, Some(options)).await })
             };
             match self.rpc.attempt(&self.rpc.probe, call).await {
@@ -167,9 +167,9 @@ impl Keeper {
             let id = lease.get();
             let grant = || {
                 let sent = self.rpc.runtime.now();
-                let call = move |mut client: Client| -> BoxFuture<'static, _> {
-                    let options = LeaseGrantOptions::new().with_id(id);
-                    Box::pin(async move { client.lease_grant(ttl, Some(options)).await })
+                let call = move |client: &Client| -> BoxFuture<'static, _> {
+                    let (mut client, options) = (client.lease_client(), LeaseGrantOptions::new().with_id(id));
+                    Box::pin(async move { client.grant(ttl, Some(options)).await })
                 };
                 self.rpc.attempt(b"the session's lease", call).map_ok(move |granted| (sent, granted)).boxed()
             };
@@ -240,8 +240,9 @@ impl Keeper {
             let mut backoff = Backoff::of_requests();
             loop {
                 let revoke = || {
-                    let call = move |mut client: Client| -> BoxFuture<'static, _> {
-                        Box::pin(async move { client.lease_revoke(id).await })
+                    let call = move |client: &Client| -> BoxFuture<'static, _> {
+                        let mut client = client.lease_client();
+                        Box::pin(async move { client.revoke(id).await })
                     };
                     self.rpc.attempt(b"the session's lease", call).boxed()
                 };
@@ -364,10 +365,10 @@ impl Keeper {
         lease: NonZeroI64,
         member: usize,
     ) -> Result<Beat, etcd_client::Error> {
-        let mut client = self.rpc.endpoints.client(member).await?;
+        let client = self.rpc.endpoints.client(member).await?;
         let mut stream = match stream {
             Some(stream) => stream,
-            None => match client.lease_keep_alive(lease.get()).await {
+            None => match client.lease_client().keep_alive(lease.get()).await {
                 Ok((keeper, answers)) => Box::new(Stream { keeper, answers }),
                 Err(etcd_client::Error::LeaseKeepAliveError(message)) if message == "lease not found" => {
                     return Ok(Beat::Gone);
@@ -381,7 +382,8 @@ impl Keeper {
         if answer.ttl() <= 0 {
             return Ok(Beat::Gone);
         }
-        let read = client.get(self.rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await?;
+        let read =
+            client.kv_client().get(self.rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await?;
         let term = |header: Option<&ResponseHeader>| header.map(ResponseHeader::raft_term);
         if term(answer.header()).is_none() || term(answer.header()) != term(read.header()) {
             return Ok(Beat::Nothing);

@@ -62,7 +62,7 @@ pub(crate) struct Rpc {
 impl Rpc {
     /// Sends a transaction once. `key` is what an error speaks of.
     pub(crate) async fn txn(&self, key: &[u8], txn: Txn) -> Result<TxnResponse, Failure> {
-        let call = move |client: Client| -> BoxFuture<'static, _> {
+        let call = move |client: &Client| -> BoxFuture<'static, _> {
             let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
             Box::pin(async move { kv.txn(txn).await })
         };
@@ -80,7 +80,7 @@ impl Rpc {
             let mut backoff = Backoff::of_requests();
             loop {
                 let (key_sent, options) = (key.to_vec(), options.clone());
-                let call = move |client: Client| -> BoxFuture<'static, _> {
+                let call = move |client: &Client| -> BoxFuture<'static, _> {
                     let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
                     Box::pin(async move { kv.get(key_sent, Some(options)).await })
                 };
@@ -107,7 +107,7 @@ impl Rpc {
     pub(crate) async fn attempt<T>(
         &self,
         key: &[u8],
-        call: impl FnOnce(Client) -> BoxFuture<'static, Result<T, etcd_client::Error>>,
+        call: impl FnOnce(&Client) -> BoxFuture<'static, Result<T, etcd_client::Error>>,
     ) -> Result<T, Failure> {
         let member = self.endpoints.current();
         let failure = match tokio::time::timeout(self.timeout, async {

@@ -69,7 +69,8 @@ impl Runtime {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.tasks.spawn_on(work, &self.handle);
+        // Boxed, because a task is moved about while it is made, and most of this crate's are large.
+        self.tasks.spawn_on(Box::pin(work), &self.handle);
     }
 
     /// The same, for work that may be given up at any time.
@@ -77,7 +78,7 @@ impl Runtime {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.tasks.spawn_on(work, &self.handle).abort_handle()
+        self.tasks.spawn_on(Box::pin(work), &self.handle).abort_handle()
     }
 
     /// Waits until every task has ended. New ones may still be spawned.

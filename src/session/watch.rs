@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use etcd_client::proto::PbEvent;
-use tokio::sync::mpsc::{Receiver, Sender, UnboundedSender, channel, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -109,6 +109,8 @@ struct Shared {
     table: Mutex<Table>,
     /// To the task; it looks into the table for what the id means.
     requests: UnboundedSender<Request>,
+    /// What the task needs, until the first watch starts it.
+    idle: Mutex<Option<(UnboundedReceiver<Request>, CancellationToken)>>,
 }
 
 #[derive(Debug, Default)]
@@ -157,10 +159,8 @@ pub(crate) struct Subscription {
 impl Hub {
     pub(crate) fn new(kind: Kind, rpc: Arc<Rpc>, closing: CancellationToken) -> Self {
         let (requests, inbox) = unbounded_channel();
-        let shared = Arc::new(Shared { kind, rpc, table: Mutex::default(), requests });
-        let task = Task { shared: shared.clone(), inbox, closing };
-        shared.rpc.runtime.spawn(task.run());
-        Self { shared }
+        let idle = Mutex::new(Some((inbox, closing)));
+        Self { shared: Arc::new(Shared { kind, rpc, table: Mutex::default(), requests, idle }) }
     }
 
     /// Shares the watch of a range if there is one already.
@@ -207,7 +207,10 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, table: &mut Table, range: &Range, told: Option<i64>) -> i64 {
+    fn add(self: &Arc<Self>, table: &mut Table, range: &Range, told: Option<i64>) -> i64 {
+        if let Some((inbox, closing)) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            self.rpc.runtime.spawn(Task { shared: self.clone(), inbox, closing }.run());
+        }
         table.last_id += 1;
         let id = table.last_id;
         let (subscribers, fragments) = (Vec::new(), Vec::new());

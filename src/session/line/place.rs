@@ -209,7 +209,8 @@ impl Monitor {
         loop {
             match watch.next().await {
                 Ok(News::Events(events)) => {
-                    if events.iter().any(deleted) {
+                    // Our own deletion is no news, and the watch must live until it is known whether it lingers.
+                    if events.iter().any(deleted) && !self.leaving.load(Ordering::Relaxed) {
                         return true;
                     }
                 }

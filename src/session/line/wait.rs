@@ -157,7 +157,7 @@ impl Waiter<'_> {
     /// Reads who is ahead.
     async fn look(&self) -> Result<Standing> {
         let (prefix, me) = (self.line.prefix.as_bytes(), &self.membership.position);
-        let read = self.core.rpc.get(prefix, self.line.standing_options(Some(me.created)), None);
+        let read = Box::pin(self.core.rpc.get(prefix, self.line.standing_options(Some(me.created)), None));
         let response = self.alive(read).await??;
         let keys = response.kvs().iter().map(KeyFacts::from);
         Standing::read(keys, response.more(), me, revision(response.header()))
