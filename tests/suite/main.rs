@@ -24,6 +24,7 @@ mod mutex_line;
 mod mutex_order;
 mod quorum;
 mod restart;
+mod secrets;
 mod send_sync;
 mod session;
 mod session_drop;
