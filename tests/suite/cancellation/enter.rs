@@ -2,7 +2,7 @@
 
 use etcd_recipes::{Leadership, Mutex, MutexGuard, Result};
 
-use super::stage::{AT_ONCE, Stage, every_cut};
+use super::stage::{PATIENCE, Stage, every_cut};
 use crate::support::check::eventually;
 use crate::support::line::Foreign;
 
@@ -68,7 +68,7 @@ async fn behind_a_crowd<H: Hold>(count: usize, enter: impl AsyncFn(&Stage<'_>) -
 
 /// Our place in the line is given up, while others stand there.
 async fn only_foreign(stage: &Stage<'_>, crowd: &Foreign) {
-    eventually(AT_ONCE, "the place in line is given up", async || {
+    eventually(PATIENCE, "the place in line is given up", async || {
         stage.line().await.iter().all(|entry| entry.lease == crowd.lease())
     })
     .await;
@@ -128,7 +128,7 @@ pub(super) async fn losing_the_lease<H: Hold>(enter: impl AsyncFn(&Stage<'_>) ->
             let first = stage.line_of(2).await[1].lease;
             stage.scope.client().lease_revoke(first).await.unwrap();
             let what = "a new place in line";
-            eventually(AT_ONCE, what, async || {
+            eventually(PATIENCE, what, async || {
                 stage.line().await.get(1).is_some_and(|entry| entry.lease != first)
             })
             .await;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use etcd_client::{Txn, TxnOp};
 use etcd_recipes::Mutex;
 
-use super::stage::{AT_ONCE, Knife, Stage, every_cut};
+use super::stage::{Knife, PATIENCE, Stage, every_cut};
 
 pub(super) async fn dropped_unlock_releases() {
     every_cut(async |stage, knife| {
@@ -25,7 +25,7 @@ async fn hands_over(stage: &Stage<'_>, knife: Knife<'_>, next: Mutex) -> Option<
     let next = tokio::spawn(async move { next.lock().await });
     stage.line_of(2).await;
     let unlocked = knife.of(guard.unlock()).await;
-    let next = tokio::time::timeout(AT_ONCE, next).await.expect("not handed over");
+    let next = tokio::time::timeout(PATIENCE, next).await.expect("not handed over");
     next.unwrap().unwrap().unlock().await.unwrap();
     unlocked?.unwrap();
     Some(())

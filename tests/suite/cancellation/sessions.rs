@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use etcd_recipes::{Mutex, Result, Session};
 
-use super::stage::AT_ONCE;
+use super::stage::PATIENCE;
 use crate::support::check::{Scope, alive_tasks, eventually, scoped_on};
 use crate::support::poll::{drop_after_polls, drop_when_woken};
 use crate::support::server::Server;
@@ -64,9 +64,9 @@ async fn every_cut(call: impl AsyncFn(&Scope, Cut) -> Option<()>) {
 /// No lease is left, long before it would expire, no key, and no task.
 async fn look_around(scope: &Scope, tasks: usize, cut: Cut) {
     let what = format!("{cut:?}: no lease is left");
-    eventually(AT_ONCE, &what, async || scope.client().leases().await.unwrap().leases().is_empty()).await;
+    eventually(PATIENCE, &what, async || scope.client().leases().await.unwrap().leases().is_empty()).await;
     let what = format!("{cut:?}: no task is left");
-    eventually(AT_ONCE, &what, async || alive_tasks() <= tasks).await;
+    eventually(PATIENCE, &what, async || alive_tasks() <= tasks).await;
     assert!(scope.keys().await.is_empty());
 }
 

@@ -72,8 +72,10 @@ async fn refused_lock_takes_nothing_later() {
         let late = rig.txns().inject(Fault::Hold(Until::Released));
         let mutex = rig.mutex();
         let call = tokio::spawn(async move { mutex.lock().await });
-        late.hit(1).await;
+        let lost = rig.txns().always().inject(Fault::FailBefore);
+        lost.hit(1).await;
         fill(&mut scope.client()).await;
+        rig.faults.clear();
         let refused = call.await.unwrap();
         assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
         make_space(&server).await;
