@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::io::IsTerminal as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -126,6 +127,17 @@ impl Drop for Job {
             self.kill();
         }
     }
+}
+
+/// The exit code that stands for how a command ended.
+pub(crate) fn code_of(status: ExitStatus) -> u8 {
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    code.unwrap_or_else(|| killed_by(status.signal().unwrap_or_default()))
+}
+
+/// The exit code of who was ended by a signal.
+pub(crate) fn killed_by(signal: i32) -> u8 {
+    u8::try_from(signal).map_or(u8::MAX, |signal| signal.saturating_add(128))
 }
 
 /// The signals of these kinds as they come, except those that were ignored when we were started (`nohup`): they stay

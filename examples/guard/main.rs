@@ -5,15 +5,13 @@
 //! guard --try nightly-report -- ./report.sh      # or not at all: exit code 75
 //! ```
 //!
-//! A lock cannot stop what is already under way. So the command finds its fencing token in `ETCD_LOCK_REV`; a store
-//! that keeps the highest token it has seen, and refuses lower ones, is safe whatever happens to this program. Writes to
-//! etcd can compare the create revision of `ETCD_LOCK_KEY` instead.
+//! A lock cannot stop what is already under way. So the command finds its fencing token in `ETCD_LOCK_REV`: a store
+//! that keeps the highest token it has seen, and refuses lower ones, is safe whatever happens to this program.
 
 mod job;
 
 use std::ffi::OsString;
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::{ExitCode, ExitStatus};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -22,7 +20,7 @@ use etcd_recipes::{Error, Mutex, MutexGuard, Session};
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
-use self::job::{Job, listen};
+use self::job::{Job, code_of, killed_by, listen};
 
 /// Bad arguments (`EX_USAGE`).
 const USAGE: u8 = 64;
@@ -73,6 +71,10 @@ struct Args {
     /// Seconds until others get the lock when this machine or its network dies.
     #[arg(long, value_name = "SECS", default_value_t = 10)]
     ttl: u64,
+
+    /// How long to try to reach etcd.
+    #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "5")]
+    connect_timeout: Duration,
 
     /// Wait for the lock no longer than this.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
@@ -129,9 +131,10 @@ async fn main() -> ExitCode {
 /// Connects, does everything, and leaves nothing behind.
 async fn run(args: &Args) -> Result<u8> {
     let mut signals = listen(&job::PASSED_ON)?;
-    let connecting = Session::builder(&args.endpoints).ttl(Duration::from_secs(args.ttl)).connect();
+    let ttl = Duration::from_secs(args.ttl);
+    let builder = Session::builder(&args.endpoints).ttl(ttl).connect_timeout(args.connect_timeout);
     let session = tokio::select! {
-        session = connecting => session?,
+        session = builder.connect() => session?,
         Some(signal) = signals.recv() => return Ok(killed_by(signal as i32)),
     };
     let code = run_locked(args, &session, &mut signals).await;
@@ -181,15 +184,6 @@ async fn acquire(mutex: &Mutex, args: &Args) -> etcd_recipes::Result<Option<Mute
         Some(limit) => tokio::time::timeout(limit, mutex.lock()).await.ok().transpose(),
         None => mutex.lock().await.map(Some),
     }
-}
-
-fn code_of(status: ExitStatus) -> u8 {
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    code.unwrap_or_else(|| killed_by(status.signal().unwrap_or_default()))
-}
-
-fn killed_by(signal: i32) -> u8 {
-    u8::try_from(signal).map_or(u8::MAX, |signal| signal.saturating_add(128))
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

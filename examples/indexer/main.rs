@@ -5,8 +5,8 @@
 //! etcdctl get --prefix indexer-index/lock/            # which documents contain "lock", and how often
 //! ```
 //!
-//! Kill the leader, stop it for a while, cut it off: another goes on where it stopped, and each document is indexed
-//! once. Why that is so stands in `index.rs`.
+//! Kill the leader, stop it, cut it off: another goes on where it stopped, and each document is indexed once. Why that
+//! is so stands in `index.rs`.
 
 mod index;
 
@@ -24,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::index::{Index, Step};
 
+/// How long it tries to reach etcd at the start.
+const CONNECTING: Duration = Duration::from_secs(30);
 /// How long a step may take before it is tried again.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often the leader looks for a new document when all are indexed, and tries again what failed.
@@ -80,13 +82,11 @@ async fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    match run(args).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("indexer: {error:#}");
-            ExitCode::FAILURE
-        }
+    if let Err(error) = run(args).await {
+        eprintln!("indexer: {error:#}");
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }
 
 /// Connects, takes part in the election until a signal comes, and leaves nothing behind.
@@ -99,8 +99,9 @@ async fn run(args: Args) -> Result<()> {
             stop.cancel();
         });
     }
-    let connecting = Session::builder(&args.endpoints).ttl(Duration::from_secs(args.ttl)).connect();
-    let Some(session) = stop.run_until_cancelled(connecting).await else { return Ok(()) };
+    let ttl = Duration::from_secs(args.ttl);
+    let builder = Session::builder(&args.endpoints).ttl(ttl).connect_timeout(CONNECTING);
+    let Some(session) = stop.run_until_cancelled(builder.connect()).await else { return Ok(()) };
     let session = session?;
     let index = Index::new(session.client(), &args.election);
     let ended = Candidate { args, index, session: session.clone() }.run(&stop).await;

@@ -32,7 +32,7 @@ struct Up {
 
 fn command(scope: &Scope, options: &[&str], script: &str) -> Command {
     let mut command = example("guard", scope.endpoint());
-    command.args(options).args([scope.name(), "--", "sh", "-c", script]);
+    command.args(["--connect-timeout=60"]).args(options).args([scope.name(), "--", "sh", "-c", script]);
     command
 }
 
@@ -232,7 +232,7 @@ async fn when_the_lease_is_revoked_a_command_that_ignores_it_is_killed_with_all_
 #[tokio::test]
 async fn a_guard_that_stood_still_too_long_stops_its_command() {
     scoped(async |scope| {
-        let mut first = guard(scope, &["--ttl", "2"], STAYS);
+        let mut first = guard(scope, &["--ttl", "5"], STAYS);
         let first_up = up(scope, &mut first).await;
         let mut second = guard(scope, &[], ASKS);
         line(scope, 2).await;
@@ -250,28 +250,29 @@ async fn a_guard_that_stood_still_too_long_stops_its_command() {
 
 #[tokio::test]
 async fn ctrl_z_stops_the_command_too_and_it_goes_on_only_under_the_lock() {
-    scoped(async |scope| {
-        // One process: a shell that is stopped while it starts another counts as sleeping.
-        let script = "echo up $$ $ETCD_LOCK_KEY $ETCD_LOCK_REV; exec sleep 100";
-        let mut guard = guard(scope, &["--ttl", "3"], script);
-        let up = up(scope, &mut guard).await;
-        let own = i32::try_from(guard.process.id()).unwrap();
-        for expires in [false, true] {
+    // One process: a shell that is stopped while it starts another counts as sleeping.
+    const SLEEPS: &str = "echo up $$ $ETCD_LOCK_KEY $ETCD_LOCK_REV; exec sleep 100";
+    for (ttl, expires) in [("60", false), ("5", true)] {
+        scoped(async |scope| {
+            let mut guard = guard(scope, &["--ttl", ttl], SLEEPS);
+            let up = up(scope, &mut guard).await;
             guard.signal(Signal::SIGTSTP);
-            until_state(own, Some('T')).await;
+            until_state(guard.process.id().cast_signed(), Some('T')).await;
             until_state(up.id, Some('T')).await;
             if expires {
                 line(scope, 0).await;
-            }
-            guard.process.resume();
-            if !expires {
+                guard.process.resume();
+                assert_eq!(guard.code().await, 74);
+                assert_eq!(state(up.id), None);
+            } else {
+                guard.process.resume();
                 until_state(up.id, Some('S')).await;
+                guard.signal(Signal::SIGTERM);
+                assert_eq!(guard.code().await, 128 + 15);
             }
-        }
-        assert_eq!(guard.code().await, 74);
-        assert_eq!(state(up.id), None);
-    })
-    .await;
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
