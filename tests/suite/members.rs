@@ -211,7 +211,7 @@ async fn harm(cluster: &Cluster, proxies: &[Proxy], harm: Harm, round: usize) {
     // Longer than the TTL, so that what hangs on one member is lost. But in etcd before 3.4.31 and 3.5.13 a leader that
     // was stopped so long revokes leases that live when it goes on.
     let version = member.version();
-    let stale_leaders = version < (3, 4, 31) || (version >= (3, 5, 0) && version < (3, 5, 13));
+    let stale_leaders = version < (3, 4, 31) || ((3, 5, 0)..(3, 5, 13)).contains(&version);
     let time = if led && harm == Harm::Stopped && stale_leaders { TTL * 3 / 5 } else { TTL * 6 / 5 };
     match harm {
         Harm::Killed => {

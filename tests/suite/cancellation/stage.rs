@@ -107,7 +107,8 @@ pub(super) async fn every_cut(call: impl AsyncFn(&Stage<'_>, Knife<'_>) -> Optio
             let knife = Knife { cut, faults: &stage.faults };
             let call = tokio::time::timeout(LONG, Box::pin(call(&stage, knife))).await;
             let complete = call.unwrap_or_else(|_| panic!("{cut:?}: stuck")).is_some();
-            waits.borrow_mut().push(stage.look_around(cut).await);
+            let waited = stage.look_around(cut).await;
+            waits.borrow_mut().push(waited);
             complete
         };
         let mut polls = 0;
