@@ -271,7 +271,7 @@ impl Leadership {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the transaction may be committed or not.
+    /// When dropped, the transaction is settled in the background: committed already, or never to be.
     pub async fn txn(&self, txn: Txn) -> Result<TxnResponse> {
         self.place.txn(txn).await
     }

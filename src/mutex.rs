@@ -192,13 +192,13 @@ impl MutexGuard {
     /// # Errors
     ///
     /// [`Error::Lost`](crate::Error::Lost) when the lock was not held, so nothing was written;
-    /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 126 operations or 1.5 MiB;
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 124 operations or 1.5 MiB;
     /// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown) when an answer was lost and cannot be told any more;
     /// otherwise as etcd says, and nothing was written.
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the transaction may be committed or not.
+    /// When dropped, the transaction is settled in the background: committed already, or never to be.
     pub async fn txn(&self, txn: Txn) -> Result<TxnResponse> {
         self.place.txn(txn).await
     }

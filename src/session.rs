@@ -18,6 +18,7 @@ mod endpoints;
 mod generation;
 mod lease;
 pub(crate) mod line;
+pub(crate) mod once;
 mod owned_key;
 pub(crate) mod participant;
 mod rpc;

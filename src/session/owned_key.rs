@@ -162,7 +162,7 @@ impl Task {
         let put = TxnOp::put(key.clone(), value.clone(), Some(options));
         let mut compares = vec![step.compare()];
         compares.extend(only_if.clone());
-        let mut then = vec![put, step.put()];
+        let mut then = vec![put, step.put("")];
         then.extend(reads.iter().cloned());
         let find = vec![TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
         let response =
@@ -208,7 +208,7 @@ impl Task {
             let (step, delete) = (self.step(&slot), TxnOp::delete(key.clone(), None));
             let give_up = Txn::new()
                 .when([step.compare()])
-                .and_then([step.put(), delete.clone()])
+                .and_then([step.put(""), delete.clone()])
                 .or_else([step.get()]);
             let attempt = tokio::select! {
                 biased;

@@ -14,7 +14,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, TxnOp};
+use etcd_client::{Compare, CompareOp, PutOptions, TxnOp};
 
 use crate::name;
 
@@ -97,11 +97,17 @@ impl Step {
         Compare::mod_revision(self.key.clone(), CompareOp::Equal, self.seen)
     }
 
-    pub(crate) fn put(&self) -> TxnOp {
-        TxnOp::put(self.key.clone(), "", Some(PutOptions::new().with_lease(self.lease)))
+    /// Moves the slot; `record` is for whoever finds it moved.
+    pub(crate) fn put(&self, record: impl Into<Vec<u8>>) -> TxnOp {
+        TxnOp::put(self.key.clone(), record, Some(PutOptions::new().with_lease(self.lease)))
     }
 
     pub(crate) fn get(&self) -> TxnOp {
-        TxnOp::get(self.key.clone(), Some(GetOptions::new().with_keys_only()))
+        TxnOp::get(self.key.clone(), None)
+    }
+
+    #[allow(dead_code)] // See `Record::on_lease`.
+    pub(crate) fn lease(&self) -> i64 {
+        self.lease
     }
 }

@@ -269,23 +269,23 @@ async fn more_operations_than_a_transaction_takes_are_refused() {
     scoped_on(&server, async |scope| {
         let session = session(scope).await;
         let guard = Mutex::new(&session, scope.key("lock")).unwrap().lock().await.unwrap();
-        // Two of etcd's 128 are the guard's own.
-        guard.txn(puts(scope, 126, 1)).await.unwrap();
+        // Four of etcd's 128 are the guard's own.
+        guard.txn(puts(scope, 124, 1)).await.unwrap();
         let revision = server.revision().await;
-        let says = ["the number of operations", "127", "126"];
-        refused(guard.txn(puts(scope, 127, 1)).await, too_large, &says);
-        let reads: Vec<_> = (0..127).map(|_| TxnOp::get("x", None)).collect();
+        let says = ["the number of operations", "125", "124"];
+        refused(guard.txn(puts(scope, 125, 1)).await, too_large, &says);
+        let reads: Vec<_> = (0..125).map(|_| TxnOp::get("x", None)).collect();
         refused(guard.txn(Txn::new().or_else(reads)).await, too_large, &says);
-        let compares: Vec<_> = (0..127).map(|_| Compare::version("x", CompareOp::Equal, 0)).collect();
+        let compares: Vec<_> = (0..125).map(|_| Compare::version("x", CompareOp::Equal, 0)).collect();
         refused(guard.txn(Txn::new().when(compares)).await, too_large, &says);
         // Inside a transaction inside.
-        let inner = TxnOp::txn(puts(scope, 127, 1));
+        let inner = TxnOp::txn(puts(scope, 125, 1));
         refused(
             guard.txn(Txn::new().and_then([inner])).await,
             too_large,
-            &["the number of operations", "128", "126"],
+            &["the number of operations", "126", "124"],
         );
-        guard.txn(Txn::new().and_then([TxnOp::txn(puts(scope, 125, 1))])).await.unwrap();
+        guard.txn(Txn::new().and_then([TxnOp::txn(puts(scope, 123, 1))])).await.unwrap();
         assert_eq!(server.revision().await, revision + 1);
         assert!(guard.is_held());
         let options = DeleteOptions::new().with_prefix();

@@ -1,0 +1,261 @@
+//! A write that takes effect once at most, however often it is sent, and that can tell what it did when its answer is
+//! lost.
+//!
+//! The transaction takes a step of an op slot (see [`slots`](super::slots)), and each path through it writes into the
+//! slot which path that was. Whoever sends it again finds the slot moved, and the record there.
+
+use std::sync::Arc;
+
+use etcd_client::proto::{PbTxnOpResponse, PbTxnRequest, PbTxnResponse};
+use etcd_client::{PutOptions, Txn, TxnOp};
+use tokio::sync::oneshot;
+
+use super::generation::Generation;
+use super::rpc::{Failure, RangeAnswer, revision};
+use super::runtime::Backoff;
+use super::slots::{Slot, Step};
+use super::{Core, Session};
+use crate::error::{Error, Result};
+use crate::name;
+
+/// What etcd counts of the transaction around the body.
+const OUTER_OPS: usize = 2;
+
+/// Where the body of a write says what it did.
+pub(crate) struct Record<'a>(&'a Step);
+
+impl Record<'_> {
+    /// Says that this path was taken. Each path through the body has exactly one.
+    pub(crate) fn put(&self, what: impl Into<Vec<u8>>) -> TxnOp {
+        self.0.put(what)
+    }
+
+    #[allow(dead_code)] // The recipes that put keys on the lease come next.
+    /// Options of a put whose key is to live on the session's lease.
+    pub(crate) fn on_lease(&self) -> PutOptions {
+        PutOptions::new().with_lease(self.0.lease())
+    }
+}
+
+/// A write that took effect.
+#[derive(Debug)]
+pub(crate) struct Done {
+    /// The revision at which it did.
+    pub(crate) revision: i64,
+    /// What its path put on record.
+    pub(crate) record: Vec<u8>,
+    /// The answer to the body; `None` if it was lost, and a resend found the record.
+    pub(crate) answer: Option<PbTxnResponse>,
+}
+
+impl Session {
+    #[allow(dead_code)] // The recipes whose writes outlive a generation come next.
+    /// Writes as [`Core::once`], in this generation or the next. Waits for a generation if there is none.
+    pub(crate) async fn once<T, B, S>(&self, key: &[u8], body: B, settle: S) -> Result<T>
+    where
+        T: Send + 'static,
+        B: Fn(&Record<'_>) -> Txn + Clone + Send + Sync + 'static,
+        S: FnOnce(Done) -> T + Clone + Send + 'static,
+    {
+        loop {
+            let generation = self.generation().await?;
+            match self.core().once(&generation, key, body.clone(), settle.clone()).await {
+                // With its generation ended an attempt that was not applied never will be.
+                Err(Error::Lost { .. }) => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+impl Core {
+    /// Writes what `body` says, once at most; `key` is what an error speaks of.
+    ///
+    /// `settle` makes the result of what was done. It runs in the session: if the caller is gone, the result is dropped
+    /// there, and cleans up after itself if it must.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the generation ended before the write was applied, [`Error::OutcomeUnknown`] if it ended while
+    /// an attempt was without an answer, and what etcd refuses.
+    ///
+    /// # Cancel safety
+    ///
+    /// When dropped, the write is not sent again, and settled in the background: done, or never to be done.
+    pub(crate) async fn once<T, B, S>(
+        self: &Arc<Self>,
+        generation: &Arc<Generation>,
+        key: &[u8],
+        body: B,
+        settle: S,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        B: Fn(&Record<'_>) -> Txn + Send + Sync + 'static,
+        S: FnOnce(Done) -> T + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let slot = generation.slots.take();
+        let write = Write { core: self.clone(), generation: generation.clone(), key: key.to_vec(), body };
+        if let Err(error) = write.check(&slot) {
+            generation.slots.give_back(slot);
+            return Err(error);
+        }
+        self.runtime.spawn(write.run(slot, settle, answer));
+        // The task ends without an answer only when its runtime does.
+        answered.await.unwrap_or(Err(Error::Closed))
+    }
+}
+
+/// A write under way.
+struct Write<B> {
+    core: Arc<Core>,
+    generation: Arc<Generation>,
+    key: Vec<u8>,
+    body: B,
+}
+
+impl<B> Write<B>
+where
+    B: Fn(&Record<'_>) -> Txn + Send + Sync + 'static,
+{
+    fn check(&self, slot: &Slot) -> Result<()> {
+        name::check_txn(&PbTxnRequest::from((self.body)(&Record(&self.step(slot)))), OUTER_OPS)
+    }
+
+    async fn run<T, S>(self, mut slot: Slot, settle: S, mut answer: oneshot::Sender<Result<T>>)
+    where
+        S: FnOnce(Done) -> T + Send + 'static,
+    {
+        if answer.is_closed() {
+            return self.generation.slots.give_back(slot);
+        }
+        let mut unanswered = false;
+        let mut backoff = Backoff::of_requests();
+        let result = loop {
+            let attempt = tokio::select! {
+                biased;
+                () = answer.closed() => return self.give_up(slot, settle).await,
+                attempt = self.attempt(&mut slot, unanswered) => attempt,
+                // The slot is on the lease: no attempt can be applied any more.
+                () = self.generation.ended() => break Err(self.ended(unanswered)),
+            };
+            match attempt {
+                Ok(Some(done)) => break Ok(done),
+                Ok(None) => {}
+                Err(Failure::LeaseGone(source)) => {
+                    break Err(self.lease_gone(&mut slot, source, unanswered).await);
+                }
+                Err(Failure::Refused(error)) if !unanswered => break Err(error),
+                Err(Failure::Refused(_)) => {
+                    let _ = answer.send(Err(self.ended(true)));
+                    return self.give_up(slot, settle).await;
+                }
+                Err(failure) => {
+                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                    tokio::select! {
+                        () = answer.closed() => {}
+                        () = backoff.wait(&self.core.runtime) => {}
+                    }
+                }
+            }
+        };
+        self.generation.slots.give_back(slot);
+        // If the caller is gone, the result comes back and is dropped here.
+        let _ = answer.send(result.map(settle));
+    }
+
+    /// One attempt. `None` if the slot had moved without it, and nothing was done.
+    async fn attempt(&self, slot: &mut Slot, unanswered: bool) -> Result<Option<Done>, Failure> {
+        let step = self.step(slot);
+        let txn = Txn::new()
+            .when([step.compare()])
+            .and_then([TxnOp::txn((self.body)(&Record(&step))), step.get()])
+            .or_else([step.get()]);
+        let response = self.core.rpc.txn(&self.key, txn).await?.0;
+        let (now, record) = moved_to(&response, usize::from(response.succeeded));
+        let moved = std::mem::replace(&mut slot.revision, now) != now;
+        if response.succeeded {
+            let revision = revision(response.header.as_ref().map(Into::into));
+            let header = response.header;
+            let answer = response.responses.into_iter().next().and_then(|op| match op.response {
+                Some(PbTxnOpResponse::ResponseTxn(answer)) => Some(PbTxnResponse { header, ..answer }),
+                _ => None,
+            });
+            return Ok(Some(Done { revision, record, answer }));
+        }
+        Ok((moved && unanswered).then_some(Done { revision: now, record, answer: None }))
+    }
+
+    /// Sees to it that no attempt made so far is applied from now on; what was applied before is settled and dropped.
+    async fn give_up<T>(self, mut slot: Slot, settle: impl FnOnce(Done) -> T) {
+        let mut backoff = Backoff::of_requests();
+        loop {
+            let step = self.step(&slot);
+            let txn = Txn::new().when([step.compare()]).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
+            let attempt = tokio::select! {
+                biased;
+                // The lease goes, and with it every late copy.
+                () = self.generation.ended() => return,
+                attempt = self.core.rpc.txn(&self.key, txn) => attempt,
+            };
+            match attempt {
+                Ok(response) if response.succeeded() => slot.revision = revision(response.header()),
+                Ok(response) => {
+                    let (revision, record) = moved_to(&response.0, 0);
+                    slot.revision = revision;
+                    // Moved by an attempt, or by an earlier copy of this.
+                    if record != GIVEN_UP {
+                        drop(settle(Done { revision, record, answer: None }));
+                    }
+                }
+                Err(Failure::LeaseGone(_)) => return self.generation.end(),
+                Err(_) => {
+                    backoff.wait(&self.core.runtime).await;
+                    continue;
+                }
+            }
+            return self.generation.slots.give_back(slot);
+        }
+    }
+
+    fn step(&self, slot: &Slot) -> Step {
+        slot.step(&self.core.namespace, self.generation.lease.get())
+    }
+
+    /// Some lease in the transaction does not exist. Finds out whether it is ours, with a step of the slot that no
+    /// earlier attempt survives.
+    async fn lease_gone(&self, slot: &mut Slot, source: etcd_client::Error, unanswered: bool) -> Error {
+        let mut backoff = Backoff::of_requests();
+        while self.generation.is_alive() {
+            let step = self.step(slot);
+            let txn = Txn::new().when([step.compare()]).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
+            match self.core.rpc.txn(&self.key, txn).await {
+                Ok(response) if response.succeeded() => {
+                    slot.revision = revision(response.header());
+                    let key = name::display(&self.key);
+                    return if unanswered { self.ended(true) } else { Error::Etcd { key, source } };
+                }
+                Ok(response) => slot.revision = moved_to(&response.0, 0).0,
+                Err(Failure::LeaseGone(_)) => self.generation.end(),
+                Err(_) => backoff.wait(&self.core.runtime).await,
+            }
+        }
+        self.ended(unanswered)
+    }
+
+    /// The error of a write that ended with its generation: it may have been applied if some attempt had no answer.
+    fn ended(&self, unanswered: bool) -> Error {
+        let key = name::display(&self.key);
+        if unanswered { Error::OutcomeUnknown { key } } else { Error::Lost { key } }
+    }
+}
+
+/// The revision and the record of the slot, as operation `index` of an answer reads them.
+fn moved_to(response: &PbTxnResponse, index: usize) -> (i64, Vec<u8>) {
+    let slot = RangeAnswer::of(&response.responses, index).and_then(|slot| slot.first_value());
+    slot.map_or((0, Vec::new()), |(slot, record)| (slot.mod_revision, record))
+}
+
+/// The record of a write that was given up. No path of a body writes this.
+const GIVEN_UP: &[u8] = b"given up";
