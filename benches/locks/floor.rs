@@ -8,9 +8,10 @@ use etcd_client::{
     Txn, TxnOp, WatchOptions, WatchStream,
 };
 
-use crate::crew::{Contender, Crew, take_turns};
-use crate::line::Line;
-use crate::load::{Load, fresh, open};
+use crate::common::crew::{Contender, Crew, take_turns};
+use crate::common::line::Line;
+use crate::common::{fresh, open};
+use crate::load::Load;
 
 const PEER: &str = "rust-etcd-client";
 
@@ -30,7 +31,7 @@ pub(crate) async fn put(load: &Load) -> Result<Line> {
             Ok(recorder)
         });
     }
-    crew.measure(PEER, load).await
+    crew.measure(PEER, load.run()).await
 }
 
 /// The least that locking and unlocking can cost: a transaction that creates a key on a lease if it is absent and reads
@@ -56,7 +57,7 @@ pub(crate) async fn lock_pair(load: &Load) -> Result<Line> {
             Ok(recorder)
         });
     }
-    let line = crew.measure(PEER, load).await?;
+    let line = crew.measure(PEER, load.run()).await?;
     client.lease_revoke(lease).await?;
     Ok(line)
 }
@@ -94,7 +95,7 @@ pub(crate) async fn lease(load: &Load) -> Result<Line> {
             Ok(recorder)
         });
     }
-    crew.measure(PEER, load).await
+    crew.measure(PEER, load.run()).await
 }
 
 /// A write on one connection, heard by a watch on another: from "write called" to "event in hand".
@@ -130,7 +131,7 @@ pub(crate) async fn watch(load: &Load) -> Result<Line> {
         }
         Ok(recorder)
     });
-    crew.measure(PEER, load).await
+    crew.measure(PEER, load.run()).await
 }
 
 /// The least a fair hand-off can cost: `n` holders in a ring, each with one long-lived watch on the key of the one
@@ -148,7 +149,7 @@ pub(crate) async fn handoff(load: &Load) -> Result<Line> {
     if let Some(first) = holders.first_mut() {
         first.releases = 1;
     }
-    let line = take_turns(PEER, load, holders).await?;
+    let line = take_turns(PEER, load.run(), load.hold, holders).await?;
     load.connect().await?.delete(ring, Some(DeleteOptions::new().with_prefix())).await?;
     Ok(line)
 }

@@ -1,15 +1,15 @@
 //! What to run: a workload and its flags, named like those of the peers.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use etcd_client::Client;
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use serde_json::json;
 
-/// How many connections or sessions are opened at once.
-const OPENING: usize = 64;
+use crate::common::crew::Run;
+use crate::common::open;
+
 /// How many connections `-mode few` opens.
 const FEW: usize = 8;
 
@@ -106,6 +106,17 @@ impl Load {
         args
     }
 
+    /// What a crew needs to know of it.
+    pub(crate) fn run(&self) -> Run {
+        Run {
+            workload: self.workload.name(),
+            params: json!({ "n": self.n, "mode": self.mode, "hold_ms": self.hold.as_secs_f64() * 1e3 }),
+            metrics: self.metrics_url().to_owned(),
+            warm: self.warm,
+            dur: self.dur,
+        }
+    }
+
     pub(crate) fn metrics_url(&self) -> &str {
         self.metrics.as_deref().unwrap_or(&self.endpoint)
     }
@@ -126,20 +137,6 @@ impl Load {
         let clients = open(connections, |_| self.connect()).await?;
         Ok(clients.iter().cycle().take(self.n).cloned().collect())
     }
-}
-
-/// Opens `count` things, several at once; in order.
-pub(crate) async fn open<T, F>(count: usize, one: impl Fn(usize) -> F) -> Result<Vec<T>>
-where
-    F: Future<Output = Result<T>>,
-{
-    stream::iter((0..count).map(one)).buffered(OPENING).try_collect().await
-}
-
-/// A name nobody has used before.
-pub(crate) fn fresh(what: &str) -> String {
-    static USED: AtomicU32 = AtomicU32::new(0);
-    format!("bench/{what}/{}-{}", std::process::id(), USED.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Reads a duration in Go's notation, with one unit.

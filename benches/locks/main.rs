@@ -10,16 +10,14 @@
 //!
 //! A sample of a contended lock runs from "release called" by one holder to "acquire returned" in the next.
 
-mod counters;
-mod crew;
+#[path = "../common/mod.rs"]
+mod common;
 mod floor;
-mod line;
 mod load;
 mod measure;
 mod memory;
-mod proxy;
+mod plan;
 mod recipes;
-mod table;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,7 +25,8 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::Parser;
 
-use crate::line::Line;
+use crate::common::line::Line;
+use crate::common::table;
 use crate::load::{Load, Workload};
 use crate::measure::Bench;
 
@@ -68,7 +67,9 @@ async fn main() -> Result<ExitCode> {
     let endpoint = options.endpoints.split(',').next().unwrap_or_default().to_owned();
     let metrics = options.metrics.as_deref().unwrap_or(&endpoint).trim_end_matches("/metrics").to_owned();
     let bench = Bench { endpoint, metrics, quick: options.quick, go: options.go };
-    let complete = table::run(&bench, &options.only).await?;
+    let complete =
+        table::run("locks", plan::cases(), &options.only, async |measure| bench.measure(measure).await)
+            .await?;
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

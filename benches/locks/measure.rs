@@ -1,18 +1,19 @@
 //! How each figure of the table is measured: next to its baseline, in alternating rounds.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use etcd_recipes::{Mutex, Session};
-use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
-use crate::counters::{self, Counters};
-use crate::line::Line;
-use crate::load::{Load, Workload, fresh};
-use crate::proxy::DelayProxy;
+use crate::common::compare::{Figure, Rounds, median, memory, millis, per_second, run_program};
+use crate::common::counters::{self, Counters};
+use crate::common::fresh;
+use crate::common::line::Line;
+use crate::common::proxy::DelayProxy;
+use crate::load::{Load, Workload};
 use crate::run;
 
 /// The section that hand-offs are measured with.
@@ -23,8 +24,6 @@ const LONG_SECTION: Duration = Duration::from_millis(50);
 const LINK: Duration = Duration::from_millis(5);
 /// The section while it is counted who hears of a release.
 const SHORT_SECTION: Duration = Duration::from_millis(2);
-/// How long another program may take.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Something that gives one or several figures.
 #[derive(Debug, Clone, Copy)]
@@ -39,13 +38,6 @@ pub(crate) enum Measure {
     Audience { waiters: usize },
     SessionMemory { sessions: usize },
     WaiterMemory { waiters: usize, names: usize },
-}
-
-/// One figure and where it comes from.
-#[derive(Debug)]
-pub(crate) struct Figure {
-    pub(crate) value: f64,
-    pub(crate) origin: String,
 }
 
 /// Where and how thoroughly to measure.
@@ -136,7 +128,11 @@ impl Bench {
     async fn against_go(&self, ours: &Load, theirs: &Load) -> Result<(Figure, Option<Figure>, Vec<Line>)> {
         let (ratio, lines) = match &self.go {
             Some(go) => {
-                let rounds = self.rounds(async || run(ours).await, async || run_program(go, theirs).await);
+                let rounds = Rounds::run(
+                    self.count(),
+                    async || run(ours).await,
+                    async || run_program(go, &theirs.args()).await,
+                );
                 let rounds = rounds.await?;
                 (Some(rounds.ratio(Line::ops_per_s, per_second)), rounds.measured)
             }
@@ -206,10 +202,10 @@ impl Bench {
 
     async fn session_memory(&self, sessions: usize) -> Result<Vec<Option<Figure>>> {
         let load = Load { mode: "shared".into(), ..self.load(Workload::MemorySessions, sessions, 1.0) };
-        let ours = run_program(&std::env::current_exe()?, &load).await?;
+        let ours = run_program(&std::env::current_exe()?, &load.args()).await?;
         let ratio = match &self.go {
             // The peers have no such workload; a build of theirs with one may be at hand.
-            Some(go) => run_program(go, &load).await.ok().map(|theirs| {
+            Some(go) => run_program(go, &load.args()).await.ok().map(|theirs| {
                 let (ours, theirs) = (ours.extra("bytes_each"), theirs.extra("bytes_each"));
                 Figure { value: ours / theirs, origin: format!("{ours:.0} / {theirs:.0} bytes") }
             }),
@@ -220,7 +216,7 @@ impl Bench {
 
     async fn waiter_memory(&self, waiters: usize, names: usize) -> Result<Vec<Option<Figure>>> {
         let load = Load { names, ..self.load(Workload::MemoryWaiters, waiters, 1.0) };
-        Ok(vec![Some(memory(&run_program(&std::env::current_exe()?, &load).await?))])
+        Ok(vec![Some(memory(&run_program(&std::env::current_exe()?, &load.args()).await?))])
     }
 
     /// A load of `seconds` in each round.
@@ -246,26 +242,7 @@ impl Bench {
     }
 
     async fn alternate(&self, ours: &Load, floor: &Load) -> Result<Rounds> {
-        self.rounds(async || run(ours).await, async || run(floor).await).await
-    }
-
-    /// Runs two things in turn; each goes first as often as the other.
-    async fn rounds(
-        &self,
-        ours: impl AsyncFn() -> Result<Line>,
-        baseline: impl AsyncFn() -> Result<Line>,
-    ) -> Result<Rounds> {
-        let mut rounds = Rounds { measured: Vec::new(), baseline: Vec::new() };
-        for round in 0..self.count() {
-            if round % 2 == 0 {
-                rounds.measured.push(ours().await?);
-                rounds.baseline.push(baseline().await?);
-            } else {
-                rounds.baseline.push(baseline().await?);
-                rounds.measured.push(ours().await?);
-            }
-        }
-        Ok(rounds)
+        Rounds::run(self.count(), async || run(ours).await, async || run(floor).await).await
     }
 
     /// Others write 1,000 keys a second, until the tasks are dropped.
@@ -285,60 +262,4 @@ impl Bench {
         }
         Ok(others)
     }
-}
-
-/// The lines of alternating rounds.
-struct Rounds {
-    measured: Vec<Line>,
-    baseline: Vec<Line>,
-}
-
-impl Rounds {
-    /// The median of the rounds' ratios; the two medians are its origin.
-    fn ratio(&self, of: impl Fn(&Line) -> f64, show: impl Fn(f64) -> String) -> Figure {
-        let ratios = self.measured.iter().zip(&self.baseline).map(|(ours, base)| of(ours) / of(base));
-        let (ours, base) = (median(&self.measured, &of), median(&self.baseline, &of));
-        Figure { value: middle(ratios.collect()), origin: format!("{} / {}", show(ours), show(base)) }
-    }
-}
-
-fn median(lines: &[Line], of: impl Fn(&Line) -> f64) -> f64 {
-    middle(lines.iter().map(of).collect())
-}
-
-fn middle(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let half = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[half],
-        _ => f64::midpoint(values[half - 1], values[half]),
-    }
-}
-
-fn millis(micros: f64) -> String {
-    format!("{:.2} ms", micros / 1e3)
-}
-
-fn per_second(rate: f64) -> String {
-    format!("{rate:.0}/s")
-}
-
-fn memory(line: &Line) -> Figure {
-    let (before, after) = (line.extra("rss_before_kib") / 1024.0, line.extra("rss_after_kib") / 1024.0);
-    Figure { value: line.extra("bytes_each"), origin: format!("{before:.1} to {after:.1} MiB") }
-}
-
-/// Runs a workload in a process of its own: of this program or of a peer's.
-async fn run_program(program: &Path, load: &Load) -> Result<Line> {
-    let mut command = Command::new(program);
-    command.args(load.args()).kill_on_drop(true);
-    let output = tokio::time::timeout(PATIENCE, command.output()).await;
-    let output = output.with_context(|| format!("no result within {PATIENCE:?}"))?;
-    let output = output.with_context(|| format!("{} does not start", program.display()))?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{} failed: {errors}", program.display());
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find(|line| line.starts_with('{')).context("no result line")?;
-    Ok(serde_json::from_str(line)?)
 }

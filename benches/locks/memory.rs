@@ -8,9 +8,10 @@ use etcd_recipes::{Mutex, MutexGuard, Session};
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use crate::counters::own_memory;
-use crate::line::{Line, Measured};
-use crate::load::{Load, fresh, open};
+use crate::common::counters::own_memory;
+use crate::common::line::{Line, Measured};
+use crate::common::{fresh, open};
+use crate::load::Load;
 use crate::recipes::{PEER, begin, close};
 
 /// How many waiters are sent off before their keys are awaited.
@@ -102,7 +103,8 @@ impl Waiting {
         ensure!(self.tasks.try_join_next().is_none(), "a waiter did not wait");
         let (before, after) = (self.rss_before, own_memory("VmRSS")?);
         let measured = Measured { secs, ops, peak_rss_kib: own_memory("VmHWM")?, ..Measured::default() };
-        let mut line = Line::new(PEER, load, measured);
+        let run = load.run();
+        let mut line = Line::new(PEER, run.workload, run.params, measured);
         let each = after.saturating_sub(before) as f64 * 1024.0 / ops as f64;
         line.extra.insert("rss_before_kib".into(), json!(before));
         line.extra.insert("rss_after_kib".into(), json!(after));

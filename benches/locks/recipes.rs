@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use etcd_recipes::{Election, Leadership, Mutex, MutexGuard, Session, SessionBuilder};
 
-use crate::crew::{Contender, Crew, take_turns};
-use crate::line::Line;
-use crate::load::{Load, fresh, open};
+use crate::common::crew::{Contender, Crew, take_turns};
+use crate::common::line::Line;
+use crate::common::{fresh, open};
+use crate::load::Load;
 
 pub(crate) const PEER: &str = "etcd-recipes";
 
@@ -50,7 +51,7 @@ pub(crate) async fn session_rate(load: &Load) -> Result<Line> {
             Ok(recorder)
         });
     }
-    crew.measure(PEER, load).await
+    crew.measure(PEER, load.run()).await
 }
 
 /// `n` tasks lock and unlock, each its own name, each with its own session, all on one connection.
@@ -69,7 +70,7 @@ pub(crate) async fn mutex_uncontended(load: &Load) -> Result<Line> {
             Ok(recorder)
         });
     }
-    let line = crew.measure(PEER, &load).await?;
+    let line = crew.measure(PEER, load.run()).await?;
     close(&sessions).await?;
     Ok(line)
 }
@@ -80,7 +81,7 @@ pub(crate) async fn mutex_contended(load: &Load) -> Result<Line> {
     let newest = Arc::new(AtomicI64::new(0));
     let locker = |session| Ok(Locker { mutex: Mutex::new(session, &name)?, newest: newest.clone() });
     let lockers = sessions.iter().map(locker).collect::<Result<_>>()?;
-    let line = take_turns(PEER, load, lockers).await?;
+    let line = take_turns(PEER, load.run(), load.hold, lockers).await?;
     close(&sessions).await?;
     Ok(line)
 }
@@ -92,7 +93,7 @@ pub(crate) async fn election(load: &Load) -> Result<Line> {
         Ok(Candidate { election: Election::new(session, &name)?, value: format!("candidate-{i}") })
     };
     let candidates = sessions.iter().enumerate().map(candidate).collect::<Result<_>>()?;
-    let line = take_turns(PEER, load, candidates).await?;
+    let line = take_turns(PEER, load.run(), load.hold, candidates).await?;
     close(&sessions).await?;
     Ok(line)
 }

@@ -5,15 +5,30 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::counters;
-use crate::line::{Line, Measured};
-use crate::load::Load;
+use super::counters;
+use super::line::{Line, Measured};
 
 /// How long the workers may take to end. One that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a crew is to do, and how long.
+#[derive(Debug, Clone)]
+pub(crate) struct Run {
+    /// Its name, for the result line.
+    pub(crate) workload: String,
+    /// What else tells it from others, for the result line.
+    pub(crate) params: Value,
+    /// The URL whose /metrics is read.
+    pub(crate) metrics: String,
+    /// Warm-up before the measured time.
+    pub(crate) warm: Duration,
+    /// Measured time.
+    pub(crate) dur: Duration,
+}
 
 /// Tasks that work until they are told to stop. Only what they finish inside the measured interval counts.
 #[derive(Default)]
@@ -70,12 +85,12 @@ impl Crew {
     }
 
     /// Lets the workers warm up, measures them, and stops them.
-    pub(crate) async fn measure(mut self, peer: &str, load: &Load) -> Result<Line> {
-        self.work_for(load.warm).await?;
-        let before = counters::read(load.metrics_url()).await?;
+    pub(crate) async fn measure(mut self, peer: &str, run: Run) -> Result<Line> {
+        self.work_for(run.warm).await?;
+        let before = counters::read(&run.metrics).await?;
         let (cpu, start) = (counters::own_cpu()?, Instant::now());
         self.phase.recording.store(true, Ordering::Relaxed);
-        self.work_for(load.dur).await?;
+        self.work_for(run.dur).await?;
         self.phase.recording.store(false, Ordering::Relaxed);
         let mut measured = Measured {
             secs: start.elapsed().as_secs_f64(),
@@ -83,7 +98,7 @@ impl Crew {
             peak_rss_kib: counters::own_memory("VmHWM")?,
             ..Measured::default()
         };
-        let after = counters::read(load.metrics_url()).await?;
+        let after = counters::read(&run.metrics).await?;
         measured.counted = counters::difference(&before, &after);
 
         self.phase.stop.cancel();
@@ -96,8 +111,8 @@ impl Crew {
             anyhow::Ok(())
         });
         end.await.with_context(|| format!("workers hang: they do not end within {PATIENCE:?}"))??;
-        ensure!(measured.ops > 0, "nothing was done in {:?}", load.dur);
-        Ok(Line::new(peer, load, measured))
+        ensure!(measured.ops > 0, "nothing was done in {:?}", run.dur);
+        Ok(Line::new(peer, run.workload, run.params, measured))
     }
 
     /// Lets time pass; fails with the first worker that does.
@@ -124,11 +139,16 @@ pub(crate) trait Contender: Send + 'static {
 
 /// Lets contenders take turns, each holding the thing for a while. An operation is a turn; its sample runs from
 /// "release called" by the one before to "acquire returned".
-pub(crate) async fn take_turns<C: Contender>(peer: &str, load: &Load, contenders: Vec<C>) -> Result<Line> {
+pub(crate) async fn take_turns<C: Contender>(
+    peer: &str,
+    run: Run,
+    hold: Duration,
+    contenders: Vec<C>,
+) -> Result<Line> {
     let turns = Arc::new(Turns::default());
     let mut crew = Crew::default();
     for mut contender in contenders {
-        let (turns, hold) = (turns.clone(), load.hold);
+        let turns = turns.clone();
         crew.spawn(|mut recorder| async move {
             while let Some(held) = recorder.before_the_end(contender.acquire()).await {
                 let held = held?;
@@ -142,7 +162,7 @@ pub(crate) async fn take_turns<C: Contender>(peer: &str, load: &Load, contenders
             Ok(recorder)
         });
     }
-    crew.measure(peer, load).await
+    crew.measure(peer, run).await
 }
 
 /// The turns, seen from outside: they must not overlap.

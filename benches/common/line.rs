@@ -1,10 +1,9 @@
 //! The result of one run: the JSON line that all peers print.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use crate::counters::{self, Counters};
-use crate::load::Load;
+use super::counters::{self, Counters};
 
 /// One result line; field by field the same as the peers', so that lines can be compared.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -56,14 +55,14 @@ pub(crate) struct Measured {
 }
 
 impl Line {
-    pub(crate) fn new(peer: &str, load: &Load, measured: Measured) -> Self {
+    pub(crate) fn new(peer: &str, workload: String, params: Value, measured: Measured) -> Self {
         let Measured { secs, ops, samples, counted, own_cpu_s, peak_rss_kib } = measured;
         // Without operations everything is zero, as the peers have it.
         let per_op = |value: f64| if ops > 0 { round(value / ops as f64) } else { 0.0 };
         Self {
             peer: peer.to_owned(),
-            workload: load.workload.name(),
-            params: json!({ "n": load.n, "mode": load.mode, "hold_ms": load.hold.as_secs_f64() * 1e3 }),
+            workload,
+            params,
             secs: round(secs),
             ops,
             ops_per_s: round(ops as f64 / secs),
