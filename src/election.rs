@@ -20,7 +20,7 @@ use crate::name::{self, Hidden};
 use crate::session::Session;
 use crate::session::line::{Line, Member, Place};
 use crate::session::participant::Participant;
-use crate::session::view::View;
+use crate::session::view::{Values, View};
 
 /// An election among everybody who uses its name on one etcd cluster.
 ///
@@ -376,7 +376,9 @@ fn observations(session: Session, prefix: name::Prefix) -> impl Stream<Item = Re
 /// Goes on to the next report.
 async fn step(state: Watching, session: &Session, prefix: name::Prefix) -> Result<(Observation, Watching)> {
     let (mut view, reported) = match state {
-        Watching::Opening => (Box::new(View::open(session.core().clone(), prefix).await?), None),
+        Watching::Opening => {
+            (Box::new(View::open(session.core().clone(), prefix, Values::Keep).await?), None)
+        }
         Watching::Following(mut view, leader) => {
             view.next().await?;
             (view, Some(leader))
@@ -393,7 +395,7 @@ async fn step(state: Watching, session: &Session, prefix: name::Prefix) -> Resul
 }
 
 fn first(view: &View) -> Option<Leader> {
-    let (key, put) = view.entries().iter().min_by_key(|(key, put)| (put.create_revision, *key))?;
-    let (key, value) = (key.clone(), put.value.clone());
-    Some(Leader { key, value, create_revision: put.create_revision, lease: put.lease })
+    let entry = view.entries().min_by_key(|entry| (entry.create_revision, &entry.key))?;
+    let (key, value) = (entry.key.clone(), entry.value.clone());
+    Some(Leader { key, value, create_revision: entry.create_revision, lease: entry.lease })
 }

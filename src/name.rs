@@ -21,7 +21,8 @@ const REQUEST_OVERHEAD: usize = 8 * 1024;
 /// etcd's default limit of operations in one list of a transaction.
 const MAX_TXN_OPS: usize = 128;
 
-/// A range of keys under a name: everything that starts with `{name}/`. Never empty, so never the whole keyspace.
+/// A range of keys: everything that starts with some bytes, which for a name are `{name}/`. Never empty, so never the
+/// whole keyspace.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Prefix(Vec<u8>);
 
@@ -41,6 +42,16 @@ impl Prefix {
         Ok(Self([name, b"/"].concat()))
     }
 
+    /// The keys that start with `bytes`, which need not end in `/`: layouts of other programs.
+    #[allow(dead_code, reason = "for the formats of discovery")]
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Result<Self> {
+        if bytes.iter().all(|byte| *byte == u8::MAX) {
+            let reason = "it is empty, or it has no end";
+            return Err(Error::InvalidName { name: display(bytes), reason });
+        }
+        Ok(Self(bytes.to_vec()))
+    }
+
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -48,7 +59,10 @@ impl Prefix {
     /// The end of the range, exclusive.
     pub(crate) fn end(&self) -> Vec<u8> {
         let mut end = self.0.clone();
-        // The last byte is '/', so the next prefix is the one with '0' there.
+        while end.last() == Some(&u8::MAX) {
+            end.pop();
+        }
+        // The next prefix: of `a/` it is `a0`.
         if let Some(last) = end.last_mut() {
             *last += 1;
         }
@@ -189,6 +203,15 @@ mod tests {
             assert!(matches!(Prefix::of_name(name), Err(Error::InvalidName { .. })));
         }
         assert!(Prefix::of_name(&[b'x'; MAX_NAME]).is_ok());
+    }
+
+    #[test]
+    fn a_prefix_need_not_be_a_name() {
+        let end = |bytes| Prefix::of_bytes(bytes).unwrap().end();
+        assert_eq!((end(b"/services/a"), end(b"a\xff\xff")), (b"/services/b".to_vec(), b"b".to_vec()));
+        for bytes in [&b""[..], b"\xff\xff"] {
+            assert!(matches!(Prefix::of_bytes(bytes), Err(Error::InvalidName { .. })));
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@
 
 mod builder;
 mod endpoints;
+mod freshness;
 mod generation;
 mod lease;
 pub(crate) mod line;

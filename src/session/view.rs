@@ -1,128 +1,244 @@
 //! A prefix kept in memory: listed at one revision, then every change in the order of commit, without gaps.
+//!
+//! When changes were missed (compacted meanwhile, more than a slow reader's queue holds, a restored backup) the prefix is
+//! listed again, and the changes are derived by comparing with what is held, deletions included. Until the new list is
+//! complete the old state stays: an error never empties a view, it only makes it stale.
 
-use std::collections::{BTreeMap, VecDeque};
+mod list;
+
+use std::borrow::Borrow;
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use etcd_client::GetOptions;
-
 use super::Core;
-use super::rpc::revision;
-use super::watch::{Event, News, Put, Range, Subscription};
-use crate::error::{Error, Result};
+pub(crate) use super::freshness::Freshness;
+pub(crate) use super::watch::Entry;
+use super::watch::{Changed, Event, News, Range, Subscription};
+use crate::error::Result;
 use crate::name::Prefix;
 
-/// Keys asked for at once when listing.
-const PAGE: i64 = 1000;
+/// Whether entries come with their values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Values {
+    Keep,
+    #[allow(dead_code, reason = "for the queue")]
+    Drop,
+}
+
+/// What became of one key. At least one side is there.
+#[derive(Debug, Clone)]
+pub(crate) struct Change {
+    #[allow(dead_code, reason = "for the config cache")]
+    pub(crate) before: Option<Arc<Entry>>,
+    pub(crate) after: Option<Arc<Entry>>,
+}
+
+/// What one revision changed, as a whole; or what a new list says has changed since.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) revision: i64,
+    pub(crate) changes: Vec<Change>,
+    /// Derived from a new list: states in between were missed.
+    #[allow(dead_code, reason = "for discovery")]
+    pub(crate) listed: bool,
+}
 
 /// What is under a prefix, revision by revision.
 pub(crate) struct View {
     core: Arc<Core>,
     prefix: Prefix,
-    entries: BTreeMap<Vec<u8>, Put>,
+    values: Values,
+    entries: Entries,
     /// The entries are those of this revision.
     revision: i64,
-    watch: Subscription,
+    freshness: Freshness,
+    /// `None`: changes were missed.
+    watch: Option<Subscription>,
     /// Heard but not applied.
     events: VecDeque<(Arc<[Event]>, usize)>,
 }
 
+/// Entries in the order of their keys.
+type Entries = BTreeSet<ByKey>;
+
+/// An entry that stands for its key.
+#[derive(Debug, Clone)]
+struct ByKey(Arc<Entry>);
+
 impl View {
     /// Lists the prefix; tries until etcd answers.
-    pub(crate) async fn open(core: Arc<Core>, prefix: Prefix) -> Result<Self> {
-        let (entries, revision) = list(&core, &prefix).await?;
-        let watch = core.changes.watch_from(&Range::prefix(&prefix), revision + 1);
-        Ok(Self { core, prefix, entries, revision, watch, events: VecDeque::new() })
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is left behind when dropped.
+    pub(crate) async fn open(core: Arc<Core>, prefix: Prefix, values: Values) -> Result<Self> {
+        let (freshness, entries) = (core.changes.freshness(), Entries::new());
+        let (watch, events) = (None, VecDeque::new());
+        let mut view = Self { core, prefix, values, entries, revision: 0, freshness, watch, events };
+        view.list().await?;
+        Ok(view)
     }
 
-    pub(crate) fn entries(&self) -> &BTreeMap<Vec<u8>, Put> {
-        &self.entries
+    #[allow(dead_code, reason = "for the queue")]
+    pub(crate) fn get(&self, key: &[u8]) -> Option<&Arc<Entry>> {
+        self.entries.get(key).map(|ByKey(entry)| entry)
     }
 
+    /// All entries, in the order of their keys.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Arc<Entry>> {
+        self.entries.iter().map(|ByKey(entry)| entry)
+    }
+
+    #[allow(dead_code, reason = "for the queue")]
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// The revision of which the entries are. Lower than before after a restored backup.
     pub(crate) fn revision(&self) -> i64 {
         self.revision
     }
 
+    #[allow(dead_code, reason = "for the config cache")]
+    pub(crate) fn freshness(&self) -> Freshness {
+        self.freshness.clone()
+    }
+
     /// Waits for the next revision that changed something here, and applies it whole.
+    ///
+    /// # Errors
+    ///
+    /// What etcd refuses for good, like a missing permission. The entries stay, stale; a later call tries again.
     ///
     /// # Cancel safety
     ///
     /// Nothing is lost when dropped.
-    pub(crate) async fn next(&mut self) -> Result<()> {
+    pub(crate) async fn next(&mut self) -> Result<Batch> {
         loop {
-            if self.apply_one_revision() {
-                return Ok(());
+            if let Some(batch) = self.apply_one_revision() {
+                return Ok(batch);
             }
-            match self.watch.next().await? {
-                News::Events(events) => self.events.push_back((events, 0)),
-                News::Gap => {
-                    let (entries, revision) = list(&self.core, &self.prefix).await?;
-                    self.watch = self.core.changes.watch_from(&Range::prefix(&self.prefix), revision + 1);
-                    (self.entries, self.revision) = (entries, revision);
-                    self.events.clear();
-                    return Ok(());
+            let Some(watch) = &mut self.watch else {
+                let changes = self.list().await?;
+                return Ok(Batch { revision: self.revision, changes, listed: true });
+            };
+            match watch.next().await {
+                Ok(News::Events(events)) => self.events.push_back((events, 0)),
+                Ok(News::Gap) => self.missed(),
+                Err(error) => {
+                    self.missed();
+                    return Err(error);
                 }
             }
         }
     }
 
-    fn apply_one_revision(&mut self) -> bool {
-        let mut applied = None;
+    fn missed(&mut self) {
+        self.freshness.lost();
+        self.watch = None;
+    }
+
+    /// Reads everything and goes on from there; tells what is different.
+    async fn list(&mut self) -> Result<Vec<Change>> {
+        let (entries, revision) = list::list(&self.core, &self.prefix, self.values, &self.entries).await?;
+        let changes = differences(&self.entries, &entries);
+        (self.entries, self.revision) = (entries, revision);
+        self.freshness.proved();
+        let range = Range::prefix(&self.prefix);
+        self.watch = Some(self.core.changes.follow(&range, revision, self.freshness.clone()));
+        Ok(changes)
+    }
+
+    fn apply_one_revision(&mut self) -> Option<Batch> {
+        let mut applied: Option<Batch> = None;
         while let Some((events, at)) = self.events.front_mut() {
             let Some(event) = events.get(*at) else {
                 self.events.pop_front();
                 continue;
             };
-            if applied.is_some_and(|revision| revision != event.revision) {
-                break;
-            }
-            applied = Some(event.revision);
-            match &event.put {
-                Some(put) => self.entries.insert(event.key.clone(), put.clone()),
-                None => self.entries.remove(&event.key),
+            let batch = match &mut applied {
+                Some(batch) if batch.revision != event.revision => break,
+                Some(batch) => batch,
+                None => {
+                    applied.insert(Batch { revision: event.revision, changes: Vec::new(), listed: false })
+                }
             };
+            let after = match &event.change {
+                Changed::Put(entry) if self.values == Values::Keep => Some(entry.clone()),
+                Changed::Put(entry) => Some(Arc::new(entry.without_value())),
+                Changed::Deleted(_) => None,
+            };
+            let before = match &after {
+                Some(entry) => self.entries.replace(ByKey(entry.clone())),
+                None => self.entries.take(event.key()),
+            };
+            let before = before.map(|ByKey(entry)| entry);
+            if before.is_some() || after.is_some() {
+                batch.changes.push(Change { before, after });
+            }
             *at += 1;
         }
-        if let Some(revision) = applied {
-            self.revision = revision;
+        if let Some(batch) = &applied {
+            self.revision = batch.revision;
         }
-        applied.is_some()
+        applied
     }
 }
 
-/// Reads the prefix in pages, all of one revision.
-async fn list(core: &Core, prefix: &Prefix) -> Result<(BTreeMap<Vec<u8>, Put>, i64)> {
-    'again: loop {
-        let mut entries = BTreeMap::new();
-        let mut from = prefix.as_bytes().to_vec();
-        let mut at = 0;
-        loop {
-            let mut options = GetOptions::new().with_range(prefix.end()).with_limit(PAGE);
-            if at != 0 {
-                options = options.with_revision(at);
-            }
-            let read = core.rpc.get(&from, options, None);
-            let mut page = tokio::select! {
-                biased;
-                () = core.closing.cancelled() => return Err(Error::Closed),
-                page = read => match page {
-                    Ok(page) => page,
-                    // The revision of the first page was compacted meanwhile.
-                    Err(Error::Etcd { .. }) if at != 0 => continue 'again,
-                    Err(error) => return Err(error),
-                },
-            };
-            if at == 0 {
-                at = revision(page.header());
-            }
-            let more = page.more();
-            for kv in page.take_kvs() {
-                let (key, value) = (kv.key().to_vec(), kv.value().to_vec());
-                from = [key.as_slice(), b"\0"].concat();
-                entries.insert(key, Put { value, create_revision: kv.create_revision(), lease: kv.lease() });
-            }
-            if !more {
-                return Ok((entries, at));
-            }
+/// What was deleted, then what was put, in the order of commit.
+fn differences(old: &Entries, new: &Entries) -> Vec<Change> {
+    let deleted = old.iter().filter(|entry| !new.contains(entry.key()));
+    let mut changes: Vec<Change> =
+        deleted.map(|ByKey(entry)| Change { before: Some(entry.clone()), after: None }).collect();
+    let deletions = changes.len();
+    for entry in new {
+        let before = old.get(entry.key()).map(|ByKey(before)| before.clone());
+        if before.as_ref() != Some(&entry.0) {
+            changes.push(Change { before, after: Some(entry.0.clone()) });
         }
+    }
+    changes[deletions..].sort_by_key(|change| change.after.as_ref().map(|entry| entry.mod_revision));
+    changes
+}
+
+// === impl Entry, ByKey ===
+
+impl Entry {
+    fn without_value(&self) -> Self {
+        let Self { create_revision, mod_revision, lease, .. } = *self;
+        Self { key: self.key.clone(), value: Vec::new(), create_revision, mod_revision, lease }
+    }
+}
+
+impl ByKey {
+    fn key(&self) -> &[u8] {
+        &self.0.key
+    }
+}
+
+impl Borrow<[u8]> for ByKey {
+    fn borrow(&self) -> &[u8] {
+        self.key()
+    }
+}
+
+impl PartialEq for ByKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for ByKey {}
+
+impl PartialOrd for ByKey {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for ByKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.key().cmp(other.key())
     }
 }

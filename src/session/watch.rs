@@ -11,6 +11,7 @@
 mod stream;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use etcd_client::proto::PbEvent;
@@ -19,8 +20,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::stream::Task;
+use super::freshness::Freshness;
 use super::rpc::Rpc;
 use crate::error::{Error, Result};
+use crate::name::{self, Hidden};
 
 /// How many messages may wait for a subscriber.
 const QUEUE: usize = 1024;
@@ -46,7 +49,7 @@ impl Range {
         Self { key: key.to_vec(), end: None }
     }
 
-    pub(crate) fn prefix(prefix: &crate::name::Prefix) -> Self {
+    pub(crate) fn prefix(prefix: &name::Prefix) -> Self {
         Self { key: prefix.as_bytes().to_vec(), end: Some(prefix.end()) }
     }
 
@@ -61,17 +64,24 @@ impl Range {
 /// A change of one key.
 #[derive(Debug)]
 pub(crate) struct Event {
-    pub(crate) key: Vec<u8>,
     pub(crate) revision: i64,
-    /// `None`: deleted.
-    pub(crate) put: Option<Put>,
+    pub(crate) change: Changed,
 }
 
-/// The new state of a key that was put.
-#[derive(Debug, Clone)]
-pub(crate) struct Put {
+/// What became of the key.
+#[derive(Debug)]
+pub(crate) enum Changed {
+    Put(Arc<Entry>),
+    Deleted(Vec<u8>),
+}
+
+/// A key as it is at etcd. Shared, so that its bytes are in memory once.
+#[derive(PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) key: Vec<u8>,
     pub(crate) value: Vec<u8>,
     pub(crate) create_revision: i64,
+    pub(crate) mod_revision: i64,
     pub(crate) lease: i64,
 }
 
@@ -111,6 +121,8 @@ struct Shared {
     requests: UnboundedSender<Request>,
     /// What the task needs, until the first watch starts it.
     idle: Mutex<Option<(UnboundedReceiver<Request>, CancellationToken)>>,
+    /// When the stream was last heard, by the clock of the runtime.
+    heard: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
@@ -144,6 +156,8 @@ struct Watch {
     asked: bool,
     lingers: bool,
     alone_since: Option<Instant>,
+    /// Of whoever wants to know whether the watch is being told.
+    freshness: Option<Freshness>,
 }
 
 /// A share of a watch. Dropping it ends the watch, unless others share it or it lingers.
@@ -160,7 +174,13 @@ impl Hub {
     pub(crate) fn new(kind: Kind, rpc: Arc<Rpc>, closing: CancellationToken) -> Self {
         let (requests, inbox) = unbounded_channel();
         let idle = Mutex::new(Some((inbox, closing)));
-        Self { shared: Arc::new(Shared { kind, rpc, table: Mutex::default(), requests, idle }) }
+        let (table, heard) = (Mutex::default(), Arc::default());
+        Self { shared: Arc::new(Shared { kind, rpc, table, requests, idle, heard }) }
+    }
+
+    /// For a watch of this hub, which keeps it up to date.
+    pub(crate) fn freshness(&self) -> Freshness {
+        Freshness::new(self.shared.rpc.runtime.clone(), self.shared.heard.clone())
     }
 
     /// Shares the watch of a range if there is one already.
@@ -176,7 +196,7 @@ impl Hub {
         let id = match table.by_range.get(range) {
             Some(id) => *id,
             None => {
-                let id = self.shared.add(&mut table, range, None);
+                let id = self.shared.add(&mut table, range, None, None);
                 table.by_range.insert(range.clone(), id);
                 id
             }
@@ -187,7 +207,14 @@ impl Hub {
     /// Watches a range from `revision` on. Changes that are past already may come up to 100 ms late.
     pub(crate) fn watch_from(&self, range: &Range, revision: i64) -> Subscription {
         let mut table = self.shared.table();
-        let id = self.shared.add(&mut table, range, Some(revision - 1));
+        let id = self.shared.add(&mut table, range, Some(revision - 1), None);
+        self.shared.subscribe(&mut table, id)
+    }
+
+    /// Watches what comes after `revision`, at which the range was read.
+    pub(crate) fn follow(&self, range: &Range, revision: i64, freshness: Freshness) -> Subscription {
+        let mut table = self.shared.table();
+        let id = self.shared.add(&mut table, range, Some(revision), Some(freshness));
         self.shared.subscribe(&mut table, id)
     }
 
@@ -207,18 +234,29 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(self: &Arc<Self>, table: &mut Table, range: &Range, told: Option<i64>) -> i64 {
+    fn add(
+        self: &Arc<Self>,
+        table: &mut Table,
+        range: &Range,
+        told: Option<i64>,
+        freshness: Option<Freshness>,
+    ) -> i64 {
         if let Some((inbox, closing)) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take() {
             self.rpc.runtime.spawn(Task { shared: self.clone(), inbox, closing }.run());
         }
         table.last_id += 1;
         let id = table.last_id;
-        let (subscribers, fragments) = (Vec::new(), Vec::new());
-        let range = range.clone();
-        table.watches.insert(
-            id,
-            Watch { range, told, subscribers, fragments, asked: false, lingers: false, alone_since: None },
-        );
+        let watch = Watch {
+            range: range.clone(),
+            told,
+            subscribers: Vec::new(),
+            fragments: Vec::new(),
+            asked: false,
+            lingers: false,
+            alone_since: None,
+            freshness,
+        };
+        table.watches.insert(id, watch);
         let _ = self.requests.send(Request::Create(id));
         id
     }
@@ -247,10 +285,17 @@ impl Table {
     }
 
     fn end(&mut self, id: i64, message: &Message) {
-        for (_, subscriber) in self.remove(id).into_iter().flat_map(|watch| watch.subscribers) {
+        let Some(watch) = self.remove(id) else { return };
+        watch.freshness.iter().for_each(Freshness::lost);
+        for (_, subscriber) in watch.subscribers {
             // A full queue ends with a gap as well.
             let _ = subscriber.try_send(message.clone());
         }
+    }
+
+    /// Nothing is told until the watches are taken up again.
+    fn lost(&self) {
+        self.watches.values().filter_map(|watch| watch.freshness.as_ref()).for_each(Freshness::lost);
     }
 }
 
@@ -286,8 +331,7 @@ impl Subscription {
 
     fn denied(&self, reason: &str) -> Error {
         let source = etcd_client::Error::WatchError(reason.to_owned());
-        let key =
-            self.shared.table().watches.get(&self.watch).map(|watch| crate::name::display(&watch.range.key));
+        let key = self.shared.table().watches.get(&self.watch).map(|watch| name::display(&watch.range.key));
         Error::PermissionDenied { key: key.unwrap_or_else(|| "a watched range".into()), source }
     }
 }
@@ -325,7 +369,7 @@ impl Watch {
         let events: Arc<[Event]> = std::mem::take(&mut self.fragments)
             .into_iter()
             .filter_map(Event::from_etcd)
-            .filter(|event| event.revision > told && range.contains(&event.key))
+            .filter(|event| event.revision > told && range.contains(event.key()))
             .collect();
         if let Some(last) = events.last() {
             self.told = Some(last.revision);
@@ -335,13 +379,39 @@ impl Watch {
 }
 
 impl Event {
+    pub(crate) fn key(&self) -> &[u8] {
+        match &self.change {
+            Changed::Put(entry) => &entry.key,
+            Changed::Deleted(key) => key,
+        }
+    }
+
     fn from_etcd(event: PbEvent) -> Option<Self> {
         let kv = event.kv?;
-        let put = match event.r#type {
-            0 => Some(Put { value: kv.value, create_revision: kv.create_revision, lease: kv.lease }),
-            1 => None,
+        let revision = kv.mod_revision;
+        let change = match event.r#type {
+            0 => Changed::Put(Arc::new(Entry {
+                key: kv.key,
+                value: kv.value,
+                create_revision: kv.create_revision,
+                mod_revision: revision,
+                lease: kv.lease,
+            })),
+            1 => Changed::Deleted(kv.key),
             _ => return None,
         };
-        Some(Self { key: kv.key, revision: kv.mod_revision, put })
+        Some(Self { revision, change })
+    }
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Entry")
+            .field("key", &name::display(&self.key))
+            .field("value", &Hidden(&self.value))
+            .field("create_revision", &self.create_revision)
+            .field("mod_revision", &self.mod_revision)
+            .field("lease", &format_args!("{:x}", self.lease))
+            .finish()
     }
 }

@@ -205,7 +205,7 @@ impl Monitor {
                 self.core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision)
             }
         };
-        let deleted = |event: &Event| event.key == facts.key && event.revision > facts.create_revision;
+        let deleted = |event: &Event| event.key() == facts.key && event.revision > facts.create_revision;
         loop {
             match watch.next().await {
                 Ok(News::Events(events)) => {

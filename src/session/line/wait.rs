@@ -105,11 +105,11 @@ impl Waiter<'_> {
             heard = events.last().map_or(heard, |event| event.revision.max(heard));
             let mut emptied = None;
             for event in events.iter().filter(|event| event.revision > standing.revision) {
-                if event.key == self.facts.key {
+                if event.key() == self.facts.key {
                     return Err(self.facts.error());
                 }
                 let before = standing.ahead.len();
-                standing.ahead.retain(|key| *key != event.key);
+                standing.ahead.retain(|key| key != event.key());
                 if before > 0 && standing.ahead.is_empty() {
                     emptied = Some(event.revision);
                 }

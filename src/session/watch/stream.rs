@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use etcd_client::proto::PbWatchResponse;
@@ -11,6 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Kind, Message, Request, Shared, Watch};
+use crate::session::freshness::Freshness;
 use crate::session::rpc::{self, Failure, revision};
 use crate::session::runtime::Backoff;
 
@@ -86,6 +88,7 @@ impl Task {
                     () = closing.cancelled() => return,
                     end = self.serve(member) => end,
                 };
+                self.shared.table().lost();
                 match end {
                     End::Closing => return,
                     End::Idle => break,
@@ -114,6 +117,7 @@ impl Task {
                 message = stream.responses.message() => match message {
                     Ok(Some(message)) => {
                         (stream.heard, stream.asked) = (Instant::now(), None);
+                        self.shared.heard.store(self.shared.rpc.runtime.now().0, Ordering::Relaxed);
                         match self.hear(&mut stream, message.0) {
                             Heard::Fine => {}
                             Heard::Refused => return End::Broken,
@@ -208,7 +212,8 @@ impl Task {
         let mut table = self.shared.table();
         let watch = table.watches.get_mut(&id)?;
         watch.fragments.clear();
-        let resumed = std::mem::replace(&mut watch.asked, true);
+        // What was read at a revision is followed from there: a watch that starts in the future gives no sign of life.
+        let resumed = std::mem::replace(&mut watch.asked, true) || watch.freshness.is_some();
         let mut options = WatchOptions::new().with_watch_id(id).with_fragment();
         if let Some(end) = &watch.range.end {
             options = options.with_range(end.clone());
@@ -260,7 +265,7 @@ impl Task {
                 }
                 // The member is behind, or the store is a restored backup.
                 Some(told) if header < told => return Heard::Older,
-                Some(_) => {}
+                Some(_) => watch.freshness.iter().for_each(Freshness::proved),
             }
             return Heard::Fine;
         }
