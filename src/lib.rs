@@ -63,6 +63,7 @@ mod name;
 
 pub mod election;
 pub mod mutex;
+pub mod service;
 pub mod session;
 
 pub use etcd_client;
