@@ -79,6 +79,22 @@ pub enum Error {
         key: String,
     },
 
+    /// Somebody else has registered the same instance since. This registration is over; the other one stands.
+    #[error("the registration {key} was superseded by a newer one of the same instance")]
+    Superseded {
+        /// The key, escaped and shortened.
+        key: String,
+    },
+
+    /// The format has no place for this instance, or this service name; nothing was sent. Change one of them.
+    #[error("{what} cannot be written in this format: {reason}")]
+    InvalidInstance {
+        /// The service and the id, escaped and shortened.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
     /// The write was sent and cannot be resolved: it may or may not have been applied. Read before writing again.
     #[error("it is unknown whether the write guarded by {key} was applied")]
     OutcomeUnknown {

@@ -43,7 +43,6 @@ impl Prefix {
     }
 
     /// The keys that start with `bytes`, which need not end in `/`: layouts of other programs.
-    #[allow(dead_code, reason = "for the formats of discovery")]
     pub(crate) fn of_bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.iter().all(|byte| *byte == u8::MAX) {
             let reason = "it is empty, or it has no end";

@@ -13,10 +13,12 @@
 //! [`MutexGuard::is_held`](crate::MutexGuard::is_held) compare that deadline with the clock in the caller's thread.
 //! Deadlines bound what this process believes; they do not stop a write that is already on its way. For that, fence.
 
+mod batch;
 mod builder;
 mod endpoints;
 mod freshness;
 mod generation;
+pub(crate) mod kept;
 mod lease;
 pub(crate) mod line;
 pub(crate) mod once;
@@ -39,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::builder::SessionBuilder;
 use self::builder::Transport;
 use self::generation::Generation;
+use self::kept::Kept;
 use self::line::Line;
 use self::rpc::Rpc;
 use self::runtime::Runtime;
@@ -93,6 +96,7 @@ pub(crate) struct Core {
     /// Watches for views.
     pub(crate) changes: Hub,
     pub(crate) lines: Mutex<BTreeMap<Prefix, Weak<Line>>>,
+    pub(crate) kept: Kept,
     ttl: Duration,
     client: Client,
     current: channel::Receiver<Option<Arc<Generation>>>,

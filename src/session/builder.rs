@@ -8,6 +8,7 @@ use tokio::sync::{Mutex as AsyncMutex, oneshot, watch as channel};
 use tokio_util::sync::CancellationToken;
 
 use super::endpoints::{self, Endpoints};
+use super::kept::Kept;
 use super::lease::{self, Keeper, Liveness};
 use super::rpc::Rpc;
 use super::runtime::Runtime;
@@ -176,6 +177,7 @@ impl SessionBuilder {
             namespace,
             identity: self.identity.unwrap_or_else(own_identity),
             lines: Mutex::default(),
+            kept: Kept::new(),
             ttl: self.ttl,
             client,
             current: generations,

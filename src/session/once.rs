@@ -30,7 +30,6 @@ impl Record<'_> {
         self.0.put(what)
     }
 
-    #[allow(dead_code)] // The recipes that put keys on the lease come next.
     /// Options of a put whose key is to live on the session's lease.
     pub(crate) fn on_lease(&self) -> PutOptions {
         PutOptions::new().with_lease(self.0.lease())
@@ -108,11 +107,21 @@ impl Core {
 }
 
 /// A write under way.
-struct Write<B> {
-    core: Arc<Core>,
-    generation: Arc<Generation>,
-    key: Vec<u8>,
-    body: B,
+pub(super) struct Write<B> {
+    pub(super) core: Arc<Core>,
+    pub(super) generation: Arc<Generation>,
+    pub(super) key: Vec<u8>,
+    pub(super) body: B,
+}
+
+/// What is known of a write that no attempt can apply any more.
+pub(super) enum Fenced {
+    /// An earlier attempt was applied.
+    Applied(Done),
+    /// None was.
+    Never,
+    /// The generation has ended, and it is not known.
+    Ended,
 }
 
 impl<B> Write<B>
@@ -166,7 +175,7 @@ where
     }
 
     /// One attempt. `None` if the slot had moved without it, and nothing was done.
-    async fn attempt(&self, slot: &mut Slot, unanswered: bool) -> Result<Option<Done>, Failure> {
+    pub(super) async fn attempt(&self, slot: &mut Slot, unanswered: bool) -> Result<Option<Done>, Failure> {
         let step = self.step(slot);
         let txn = Txn::new()
             .when([step.compare()])
@@ -189,33 +198,47 @@ where
 
     /// Sees to it that no attempt made so far is applied from now on; what was applied before is settled and dropped.
     async fn give_up<T>(self, mut slot: Slot, settle: impl FnOnce(Done) -> T) {
+        match self.fence(&mut slot).await {
+            Fenced::Ended => return,
+            Fenced::Applied(done) => drop(settle(done)),
+            Fenced::Never => {}
+        }
+        self.generation.slots.give_back(slot);
+    }
+
+    /// Moves the slot, so that no attempt made so far is applied from now on. Tells whether one was.
+    pub(super) async fn fence(&self, slot: &mut Slot) -> Fenced {
         let mut backoff = Backoff::of_requests();
         loop {
-            let step = self.step(&slot);
+            let step = self.step(slot);
             let txn = Txn::new().when([step.compare()]).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
             let attempt = tokio::select! {
                 biased;
                 // The lease goes, and with it every late copy.
-                () = self.generation.ended() => return,
+                () = self.generation.ended() => return Fenced::Ended,
                 attempt = self.core.rpc.txn(&self.key, txn) => attempt,
             };
             match attempt {
-                Ok(response) if response.succeeded() => slot.revision = revision(response.header()),
+                Ok(response) if response.succeeded() => {
+                    slot.revision = revision(response.header());
+                    return Fenced::Never;
+                }
                 Ok(response) => {
                     let (revision, record) = moved_to(&response.0, 0);
                     slot.revision = revision;
                     // Moved by an attempt, or by an earlier copy of this.
-                    if record != GIVEN_UP {
-                        drop(settle(Done { revision, record, answer: None }));
-                    }
+                    return if record == GIVEN_UP {
+                        Fenced::Never
+                    } else {
+                        Fenced::Applied(Done { revision, record, answer: None })
+                    };
                 }
-                Err(Failure::LeaseGone(_)) => return self.generation.end(),
-                Err(_) => {
-                    backoff.wait(&self.core.runtime).await;
-                    continue;
+                Err(Failure::LeaseGone(_)) => {
+                    self.generation.end();
+                    return Fenced::Ended;
                 }
+                Err(_) => backoff.wait(&self.core.runtime).await,
             }
-            return self.generation.slots.give_back(slot);
         }
     }
 

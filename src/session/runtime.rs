@@ -115,6 +115,11 @@ impl Backoff {
         Self::new(Duration::from_millis(10), Duration::from_millis(250))
     }
 
+    /// The backoff of writes that etcd refuses for now: from 100 ms to 1.5 s.
+    pub(crate) const fn of_refusals() -> Self {
+        Self::new(Duration::from_millis(100), Duration::from_millis(1500))
+    }
+
     /// How long to wait now.
     pub(crate) fn pause(&mut self, runtime: &Runtime) -> Duration {
         // A floor of a tenth: full jitter alone may draw a row of near-zero waits, which is a hot loop.

@@ -106,7 +106,6 @@ impl Step {
         TxnOp::get(self.key.clone(), None)
     }
 
-    #[allow(dead_code)] // See `Record::on_lease`.
     pub(crate) fn lease(&self) -> i64 {
         self.lease
     }

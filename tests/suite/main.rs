@@ -26,6 +26,7 @@ mod quorum;
 mod restart;
 mod secrets;
 mod send_sync;
+mod service_registration;
 mod session;
 mod session_drop;
 mod session_options;

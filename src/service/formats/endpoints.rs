@@ -11,7 +11,6 @@ use crate::service::{Format, FormatError, Instance};
 /// of strings into it, with `weight`, `version` and `tags` for those fields, or `null` if there is nothing to say; it
 /// reads the same, and keeps whatever else is there as JSON text.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct Endpoints;
 
 #[derive(Serialize, Deserialize)]

@@ -6,7 +6,6 @@ use crate::service::{Format, FormatError, Instance};
 /// Programs with this layout take the lease id, in decimal, as id. Nothing stands between name and number, so names
 /// must not end in a digit.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct Gateway;
 
 fn is_number(text: &str) -> bool {

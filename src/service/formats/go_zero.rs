@@ -6,7 +6,6 @@ use crate::service::{Format, FormatError, Instance};
 /// go-zero itself takes the lease id, in decimal, as id, or a number from its configuration; readers do not look at it.
 /// For them the address is what tells instances apart, so it is the id of what is discovered.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct GoZero;
 
 impl Format for GoZero {

@@ -9,7 +9,6 @@ use crate::service::{Format, FormatError, Instance};
 ///
 /// What Kitex calls tags are names with values: the metadata. A service name has no `/`.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct Kitex;
 
 #[derive(Serialize, Deserialize)]

@@ -7,7 +7,6 @@ use crate::service::{Format, FormatError, Instance};
 ///
 /// Entries whose name is another are left out: programs with this layout read the prefix without the `/`.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct NameIp;
 
 #[derive(Serialize, Deserialize)]

@@ -3,7 +3,6 @@ use crate::service::{Format, FormatError, Instance};
 
 /// `/ns/{service}/{address}`, and the address as value.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct Namespaced;
 
 impl Format for Namespaced {

@@ -6,7 +6,6 @@ use crate::service::{Format, FormatError, Instance};
 /// `/{service}/{version}/{address}`, or `/{service}/{address}` without a version, and
 /// `{"name":"node","addr":"10.0.0.1:8089","version":"1.0.0","weight":1}`.
 #[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
 pub struct Versioned;
 
 #[derive(Serialize, Deserialize)]
