@@ -58,6 +58,9 @@
 //! libraries prints headers, in which etcd's auth token travels.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "embedded")]
+#[cfg_attr(docsrs, doc(cfg(feature = "embedded")))]
+pub mod embedded;
 mod error;
 mod name;
 

@@ -127,7 +127,7 @@ pub(crate) fn check_txn(txn: &PbTxnRequest, outer: usize) -> Result<()> {
     if operations > limit {
         return Err(Error::TooLarge { what: "the number of operations", size: operations, limit });
     }
-    let (size, limit) = (bytes(txn), MAX_REQUEST - REQUEST_OVERHEAD);
+    let (size, limit) = (txn_bytes(txn), MAX_REQUEST - REQUEST_OVERHEAD);
     if size > limit {
         return Err(Error::TooLarge { what: "the transaction, in bytes,", size, limit });
     }
@@ -145,12 +145,12 @@ fn deepest(txn: &PbTxnRequest) -> usize {
 }
 
 /// The bytes of keys and values.
-fn bytes(txn: &PbTxnRequest) -> usize {
+pub(crate) fn txn_bytes(txn: &PbTxnRequest) -> usize {
     let operation = |op: &PbTxnRequestOp| match &op.request {
         Some(PbTxnOpRequest::RequestPut(put)) => put.key.len() + put.value.len(),
         Some(PbTxnOpRequest::RequestRange(range)) => range.key.len() + range.range_end.len(),
         Some(PbTxnOpRequest::RequestDeleteRange(delete)) => delete.key.len() + delete.range_end.len(),
-        Some(PbTxnOpRequest::RequestTxn(txn)) => bytes(txn),
+        Some(PbTxnOpRequest::RequestTxn(txn)) => txn_bytes(txn),
         None => 0,
     };
     let compare = |compare: &PbCompare| {

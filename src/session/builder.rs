@@ -30,6 +30,8 @@ pub struct SessionBuilder {
     tls: Option<etcd_client::TlsOptions>,
     thread: bool,
     liveness: Option<Liveness>,
+    /// Instead of the caller's, with the system's clock.
+    runtime: Option<Runtime>,
 }
 
 pub(super) enum Transport {
@@ -50,6 +52,7 @@ impl SessionBuilder {
             tls: None,
             thread: false,
             liveness: None,
+            runtime: None,
         }
     }
 
@@ -114,6 +117,22 @@ impl SessionBuilder {
         self
     }
 
+    /// Lets tokio's clock decide about the lease.
+    #[cfg(feature = "embedded")]
+    pub(crate) fn on_tokio_time(mut self) -> Self {
+        self.runtime = Some(Runtime::virtual_time(None));
+        self
+    }
+
+    /// Takes randomness from a seed, so that a run can be had again. After
+    /// [`Server::session`](crate::embedded::Server::session).
+    #[cfg(feature = "embedded")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "embedded")))]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.runtime = Some(Runtime::virtual_time(Some(seed)));
+        self
+    }
+
     /// Connects and takes the lease.
     ///
     /// # Errors
@@ -129,10 +148,10 @@ impl SessionBuilder {
     /// # Panics
     ///
     /// Outside a tokio runtime.
-    pub async fn connect(self) -> Result<Session> {
+    pub async fn connect(mut self) -> Result<Session> {
         self.check()?;
         let began = tokio::time::Instant::now();
-        let runtime = Arc::new(Runtime::current());
+        let runtime = Arc::new(self.runtime.take().unwrap_or_else(Runtime::current));
         let options = self.options();
         let timeout = (self.ttl / 5).clamp(Duration::from_millis(500), Duration::from_secs(2));
         let namespace: Arc<str> = self.namespace.into();

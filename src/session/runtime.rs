@@ -33,6 +33,9 @@ pub(crate) struct Runtime {
     handle: Handle,
     tasks: TaskTracker,
     random: Mutex<fastrand::Rng>,
+    /// Where tokio's clock decides: when it began.
+    #[cfg(feature = "embedded")]
+    began: Option<tokio::time::Instant>,
 }
 
 impl Runtime {
@@ -44,11 +47,28 @@ impl Runtime {
             handle: Handle::current(),
             tasks: TaskTracker::new(),
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
+            #[cfg(feature = "embedded")]
+            began: None,
         }
+    }
+
+    /// The same, with tokio's clock for the deadlines of leases as well, and a seed for its randomness.
+    #[cfg(feature = "embedded")]
+    pub(crate) fn virtual_time(seed: Option<u64>) -> Self {
+        let mut runtime = Self::current();
+        runtime.began = Some(tokio::time::Instant::now());
+        if let Some(seed) = seed {
+            runtime.random = Mutex::new(fastrand::Rng::with_seed(seed));
+        }
+        runtime
     }
 
     /// The time now. One system call without a lock: fit for the hottest path.
     pub(crate) fn now(&self) -> Time {
+        #[cfg(feature = "embedded")]
+        if let Some(began) = self.began {
+            return Time(nanos(began.elapsed()).saturating_add(1));
+        }
         Time(clock().max(1))
     }
 

@@ -1,0 +1,309 @@
+//! A client's way to an embedded server, which a test can cut, stall, or lay faults into.
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+
+use etcd_client::{Channel, Client};
+use futures::future::BoxFuture;
+use futures::stream::unfold;
+use http_body_util::{BodyExt as _, StreamBody};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tonic::{Code, Status};
+use tower::util::BoxCloneSyncService;
+use tower::{BoxError, Service};
+
+type Request = http::Request<Body>;
+type Response = http::Response<Body>;
+
+/// One client's way to a [`Server`](super::Server). Clone it freely; all clones are the same way.
+///
+/// Everything a client sends over a link that is cut fails at once; over one that is stalled it waits, as over a network
+/// that swallows packets. The server itself, and other links, know nothing of it.
+#[derive(Clone)]
+pub struct Link {
+    shared: Arc<Shared>,
+    routes: Routes,
+}
+
+struct Shared {
+    way: watch::Sender<Way>,
+    faults: Mutex<Vec<Arc<Laid>>>,
+    /// Ends with the server, and what is held back with it.
+    closing: CancellationToken,
+}
+
+/// What becomes of messages.
+#[derive(Debug, Clone, Copy, Default)]
+struct Way {
+    stalled: bool,
+    cut: bool,
+    /// How often it was cut: what was under way before is gone, even if it is open again.
+    cuts: u64,
+}
+
+/// What is to happen to requests of one method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The request is not served; the client is told that the server is unavailable.
+    Refuse,
+    /// The request is served, and its answer lost: the client is told that the connection broke.
+    LoseAnswer,
+    /// The request is held back until [`Injection::release`], also when the client has given up meanwhile.
+    Hold,
+}
+
+/// A fault laid into a link; see [`Link::inject`].
+#[derive(Debug, Clone)]
+pub struct Injection {
+    laid: Arc<Laid>,
+}
+
+#[derive(Debug)]
+struct Laid {
+    method: String,
+    fault: Fault,
+    left: AtomicUsize,
+    hits: watch::Sender<usize>,
+    released: CancellationToken,
+}
+
+impl Link {
+    pub(super) fn new(routes: Routes, closing: CancellationToken) -> Self {
+        let shared = Shared { way: watch::Sender::new(Way::default()), faults: Mutex::default(), closing };
+        Self { shared: Arc::new(shared), routes }
+    }
+
+    /// An etcd client over this link.
+    ///
+    /// # Errors
+    ///
+    /// None at present: nothing is sent.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing remains when dropped.
+    pub async fn client(&self) -> Result<Client, etcd_client::Error> {
+        let channel = Channel::Custom(BoxCloneSyncService::new(self.clone()));
+        Client::from_channel(channel, None).await
+    }
+
+    /// Breaks the connection: requests and streams under way fail, and so does all that comes until
+    /// [`restore`](Link::restore).
+    pub fn cut(&self) {
+        self.shared.way.send_modify(|way| *way = Way { stalled: false, cut: true, cuts: way.cuts + 1 });
+    }
+
+    /// Lets nothing through any more, either way; what is sent waits until [`restore`](Link::restore).
+    pub fn stall(&self) {
+        self.shared.way.send_modify(|way| way.stalled = true);
+    }
+
+    /// Opens the link again.
+    pub fn restore(&self) {
+        self.shared.way.send_modify(|way| *way = Way { stalled: false, cut: false, ..*way });
+    }
+
+    /// Lets the next `times` requests of a method meet a fault. The method is named as in etcd's API: `Txn`, `Range`,
+    /// `LeaseGrant`, `LeaseKeepAlive`, `Watch`, …
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use etcd_recipes::Mutex;
+    /// use etcd_recipes::embedded::{Fault, Server};
+    ///
+    /// let server = Server::start();
+    /// let link = server.link();
+    /// let session = server.session(&link).await?.connect().await?;
+    /// let lost = link.inject("Txn", Fault::LoseAnswer, 1);
+    /// // The lock is taken although the answer that says so never arrives.
+    /// let guard = Mutex::new(&session, "reports")?.lock().await?;
+    /// assert_eq!(lost.hits(), 1);
+    /// guard.unlock().await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn inject(&self, method: &str, fault: Fault, times: usize) -> Injection {
+        let laid = Arc::new(Laid {
+            method: method.to_owned(),
+            fault,
+            left: AtomicUsize::new(times),
+            hits: watch::Sender::new(0),
+            released: CancellationToken::new(),
+        });
+        self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).push(laid.clone());
+        Injection { laid }
+    }
+}
+
+impl Injection {
+    /// How many requests met it.
+    pub fn hits(&self) -> usize {
+        *self.laid.hits.borrow()
+    }
+
+    /// Waits until `count` requests have met it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Only waits.
+    pub async fn hit(&self, count: usize) {
+        // The sender lives as long as this.
+        let _ = self.laid.hits.subscribe().wait_for(|hits| *hits >= count).await;
+    }
+
+    /// Lets go what is held back, and all that comes.
+    pub fn release(&self) {
+        self.laid.left.store(0, Ordering::SeqCst);
+        self.laid.released.cancel();
+    }
+}
+
+impl Shared {
+    /// The fault that a request of this method meets, if any.
+    fn fault(&self, path: &str) -> Option<Arc<Laid>> {
+        let method = path.rsplit('/').next().unwrap_or_default();
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        faults.retain(|laid| laid.left.load(Ordering::SeqCst) > 0);
+        let laid = faults.iter().find(|laid| laid.method == method)?.clone();
+        laid.left.fetch_sub(1, Ordering::SeqCst);
+        laid.hits.send_modify(|hits| *hits += 1);
+        Some(laid)
+    }
+}
+
+/// One exchange over a link.
+#[derive(Clone)]
+struct Passage {
+    way: watch::Receiver<Way>,
+    /// How often the link had been cut when it began.
+    cuts: u64,
+}
+
+impl Passage {
+    fn begin(shared: &Shared) -> Self {
+        let way = shared.way.subscribe();
+        let cuts = way.borrow().cuts;
+        Self { way, cuts }
+    }
+
+    fn is_broken(&self, way: Way) -> bool {
+        way.cut || way.cuts != self.cuts
+    }
+
+    /// Waits until messages pass.
+    async fn pass(&mut self) -> Result<(), Status> {
+        let cuts = self.cuts;
+        let way = self.way.wait_for(|way| !way.stalled || way.cuts != cuts).await.map(|way| *way);
+        match way {
+            Ok(way) if !self.is_broken(way) => Ok(()),
+            _ => Err(broken()),
+        }
+    }
+
+    /// Waits until the link is cut.
+    async fn broken(&mut self) {
+        let cuts = self.cuts;
+        if self.way.wait_for(|way| way.cut || way.cuts != cuts).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Lets the frames of a body pass, as long as the link is not cut.
+    fn over(self, body: Body) -> Body {
+        let frames = unfold(Some((body, self)), |state| async {
+            let (mut body, mut passage) = state?;
+            let mut other = passage.clone();
+            let frame = tokio::select! {
+                biased;
+                () = other.broken() => Some(Err(broken())),
+                frame = body.frame() => frame,
+            };
+            match (frame?, passage.pass().await) {
+                (Ok(frame), Ok(())) => Some((Ok(frame), Some((body, passage)))),
+                (Err(error), _) | (_, Err(error)) => Some((Err(error), None)),
+            }
+        });
+        Body::new(StreamBody::new(frames))
+    }
+}
+
+fn broken() -> Status {
+    Status::new(Code::Unavailable, "the link is cut")
+}
+
+impl Service<Request> for Link {
+    type Response = Response;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Response, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let (shared, routes) = (self.shared.clone(), self.routes.clone());
+        Box::pin(async move {
+            let mut passage = Passage::begin(&shared);
+            passage.pass().await?;
+            let inward = passage.clone();
+            let request = request.map(|body| inward.over(body));
+            let response = match shared.fault(request.uri().path()) {
+                None => serve(routes, request).await,
+                Some(laid) => laid.meet(&shared, routes, request).await?,
+            };
+            passage.pass().await?;
+            Ok(response.map(|body| passage.over(body)))
+        })
+    }
+}
+
+async fn serve(mut routes: Routes, request: Request) -> Response {
+    let served: Result<Response, Infallible> = routes.call(request).await;
+    match served {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
+
+impl Laid {
+    async fn meet(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        routes: Routes,
+        request: Request,
+    ) -> Result<Response, BoxError> {
+        match self.fault {
+            Fault::Refuse => Err(Status::unavailable("refused by an injected fault").into()),
+            Fault::LoseAnswer => {
+                serve(routes, request).await;
+                Err(Status::unavailable("the answer was lost by an injected fault").into())
+            }
+            Fault::Hold => {
+                // A request on its way arrives also when nobody waits for the answer any more.
+                let (laid, closing) = (self.clone(), shared.closing.clone());
+                let held = tokio::spawn(async move {
+                    tokio::select! {
+                        biased;
+                        () = laid.released.cancelled() => Some(serve(routes, request).await),
+                        () = closing.cancelled() => None,
+                    }
+                });
+                held.await.ok().flatten().ok_or_else(|| broken().into())
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("way", &*self.shared.way.borrow()).finish_non_exhaustive()
+    }
+}

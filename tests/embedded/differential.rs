@@ -1,0 +1,81 @@
+//! The same random requests to the embedded server and to a real etcd: every answer and every event is the same.
+
+mod observer;
+mod operation;
+
+use std::fmt::Debug;
+
+use etcd_client::Client;
+use etcd_recipes::embedded;
+
+use crate::support;
+use observer::Observer;
+use operation::Operation;
+
+/// How many operations a run has. Several runs, because a history that was compacted or grew long hides what a fresh
+/// one shows.
+const RUN: usize = 5_000;
+
+/// A side of the comparison.
+struct Side {
+    client: Client,
+    observer: Observer,
+}
+
+impl Side {
+    async fn new(client: Client) -> Self {
+        Self { observer: Observer::open(&client).await, client }
+    }
+}
+
+/// Runs `operations` from a seed on both sides.
+async fn compare(seed: u64, operations: usize) {
+    let real = support::server::Server::fast().await;
+    let embedded = embedded::Server::start();
+    let mut real = Side::new(real.client().await).await;
+    let mut ours = Side::new(embedded.client().await.unwrap()).await;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut revision = 1;
+    for number in 0..operations {
+        let operation = Operation::random(&mut random, revision);
+        if operation.needs_quiet() {
+            same(seed, number, &operation, &events(&mut real, &mut ours).await);
+        }
+        let theirs = operation.run(&mut real.client, &mut real.observer).await;
+        let answer = operation.run(&mut ours.client, &mut ours.observer).await;
+        revision = answer.revision.max(revision);
+        same(seed, number, &operation, &(theirs, answer));
+    }
+    same(seed, operations, &"the end", &events(&mut real, &mut ours).await);
+}
+
+/// What both sides were told since the last time.
+async fn events(real: &mut Side, ours: &mut Side) -> (observer::Told, observer::Told) {
+    let expected = ours.observer.told().await;
+    (real.observer.told_at_least(&expected).await, expected)
+}
+
+fn same<T: Debug + PartialEq>(seed: u64, number: usize, operation: &impl Debug, both: &(T, T)) {
+    let (real, embedded) = both;
+    assert!(
+        real == embedded,
+        "seed {seed}, operation {number}: {operation:?}\n  etcd:     {real:?}\n  embedded: {embedded:?}"
+    );
+}
+
+/// A seed that failed can be run alone: `SEED=… cargo test … differential`.
+fn seeds(runs: usize) -> Vec<u64> {
+    match std::env::var("SEED") {
+        Ok(seed) => vec![seed.parse().expect("SEED is a number")],
+        Err(_) => (0..runs as u64).map(|_| fastrand::u64(..)).collect(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_and_events_are_those_of_etcd() {
+    // 100,000 operations, or a million.
+    let runs = if support::full() { 200 } else { 20 };
+    for seed in seeds(runs) {
+        compare(seed, RUN).await;
+    }
+}
