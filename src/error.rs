@@ -109,6 +109,15 @@ pub enum Error {
         key: String,
     },
 
+    /// A payload cannot be encoded. Nothing was sent.
+    #[error("a payload for {key} cannot be encoded")]
+    Malformed {
+        /// Where it was to be put, escaped and shortened.
+        key: String,
+        /// What the encoder says.
+        source: serde_json::Error,
+    },
+
     /// The session was closed. Connect another.
     #[error("the session is closed")]
     Closed,

@@ -66,6 +66,7 @@ mod name;
 
 pub mod election;
 pub mod mutex;
+pub mod queue;
 pub mod service;
 pub mod session;
 
@@ -75,6 +76,7 @@ pub use crate::election::{DetachedLeadership, Election, Leader, Leadership, Obse
 pub use crate::error::{Error, Result};
 pub use crate::mutex::{Mutex, MutexGuard};
 pub use crate::name::MAX_NAME;
+pub use crate::queue::{Claim, DeadLetter, Item, Queue, QueueBuilder, TypedClaim, TypedQueue};
 pub use crate::session::participant::Participant;
 pub use crate::session::{Session, SessionBuilder, SessionState};
 

@@ -57,15 +57,7 @@ impl Prefix {
 
     /// The end of the range, exclusive.
     pub(crate) fn end(&self) -> Vec<u8> {
-        let mut end = self.0.clone();
-        while end.last() == Some(&u8::MAX) {
-            end.pop();
-        }
-        // The next prefix: of `a/` it is `a0`.
-        if let Some(last) = end.last_mut() {
-            *last += 1;
-        }
-        end
+        end_of(&self.0)
     }
 
     /// The key of one place in this line: `{name}/{lease}-{nonce}`, both in lower-case hexadecimal digits.
@@ -92,6 +84,19 @@ impl std::fmt::Debug for Prefix {
     }
 }
 
+/// The end of the range of keys that start so, exclusive.
+pub(crate) fn end_of(start: &[u8]) -> Vec<u8> {
+    let mut end = start.to_vec();
+    while end.last() == Some(&u8::MAX) {
+        end.pop();
+    }
+    // The next prefix: of `a/` it is `a0`.
+    if let Some(last) = end.last_mut() {
+        *last += 1;
+    }
+    end
+}
+
 /// A value for `Debug`: its length, and nothing of what it says.
 pub(crate) struct Hidden<'a>(pub(crate) &'a [u8]);
 
@@ -116,6 +121,15 @@ pub(crate) fn check_value(value: &[u8]) -> Result<()> {
     let limit = MAX_REQUEST - REQUEST_OVERHEAD;
     if value.len() > limit {
         return Err(Error::TooLarge { what: "the value, in bytes,", size: value.len(), limit });
+    }
+    Ok(())
+}
+
+/// Refuses an item of a queue that could not be moved among the dead letters, which takes some room more.
+pub(crate) fn check_item(value: &[u8]) -> Result<()> {
+    let limit = MAX_REQUEST - 3 * REQUEST_OVERHEAD;
+    if value.len() > limit {
+        return Err(Error::TooLarge { what: "the item, in bytes,", size: value.len(), limit });
     }
     Ok(())
 }

@@ -16,16 +16,18 @@
 mod batch;
 mod builder;
 mod endpoints;
+pub(crate) mod expiring;
 mod freshness;
-mod generation;
+pub(crate) mod generation;
 pub(crate) mod kept;
 mod lease;
 pub(crate) mod line;
 pub(crate) mod once;
-mod owned_key;
+pub(crate) mod owned_key;
 pub(crate) mod participant;
-mod rpc;
-mod runtime;
+pub(crate) mod removal;
+pub(crate) mod rpc;
+pub(crate) mod runtime;
 mod slots;
 pub(crate) mod view;
 mod watch;
@@ -101,7 +103,8 @@ pub(crate) struct Core {
     client: Client,
     current: channel::Receiver<Option<Arc<Generation>>>,
     state: channel::Receiver<SessionState>,
-    closing: CancellationToken,
+    /// Cancelled when the session is to be closed.
+    pub(crate) closing: CancellationToken,
 }
 
 /// What a session is doing, as far as it knows; see [`Session::watch_state`].
@@ -230,15 +233,7 @@ impl Session {
 
     /// The living generation; waits for one.
     pub(crate) async fn generation(&self) -> Result<Arc<Generation>> {
-        let core = self.core();
-        let mut current = core.current.clone();
-        let living =
-            current.wait_for(|current| current.as_ref().is_some_and(|generation| generation.is_alive()));
-        tokio::select! {
-            biased;
-            () = core.closing.cancelled() => Err(Error::Closed),
-            living = living => living.ok().and_then(|current| current.clone()).ok_or(Error::Closed),
-        }
+        self.core().generation().await
     }
 
     /// Waits until the session is to be closed.
@@ -248,6 +243,20 @@ impl Session {
 
     fn live_generation(&self) -> Option<Arc<Generation>> {
         self.core().current.borrow().clone().filter(|generation| generation.is_alive())
+    }
+}
+
+impl Core {
+    /// The living generation; waits for one.
+    pub(crate) async fn generation(&self) -> Result<Arc<Generation>> {
+        let mut current = self.current.clone();
+        let living =
+            current.wait_for(|current| current.as_ref().is_some_and(|generation| generation.is_alive()));
+        tokio::select! {
+            biased;
+            () = self.closing.cancelled() => Err(Error::Closed),
+            living = living => living.ok().and_then(|current| current.clone()).ok_or(Error::Closed),
+        }
     }
 }
 

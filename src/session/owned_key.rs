@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::name;
 
 /// A key that this session created and that lives on its lease. Deleted in the background when dropped.
+#[derive(Debug)]
 pub(crate) struct OwnedKey {
     facts: Arc<Owned>,
     released: bool,

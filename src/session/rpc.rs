@@ -44,6 +44,20 @@ pub(crate) enum Failure {
     Unknown(Option<etcd_client::Error>),
 }
 
+impl Failure {
+    /// The error of a write of `key` that is not sent again.
+    pub(crate) fn for_good(self, key: &[u8]) -> Error {
+        let key = name::display(key);
+        match self {
+            Failure::Refused(error) => error,
+            Failure::Again(source) | Failure::Login(source) | Failure::LeaseGone(source) => {
+                Error::Etcd { key, source }
+            }
+            Failure::Unknown(_) | Failure::LeaseExists => Error::OutcomeUnknown { key },
+        }
+    }
+}
+
 /// Sends requests to the member of choice.
 #[derive(Debug)]
 pub(crate) struct Rpc {

@@ -5,6 +5,7 @@ mod elections;
 mod enter;
 mod guards;
 mod locks;
+mod queues;
 mod sessions;
 mod sources;
 mod stage;
@@ -61,6 +62,33 @@ table! {
     "Leadership::txn": elections::dropped_txn_of_a_leader_commits_once_at_most;
     "Leadership::run": elections::dropped_run_of_a_leader_keeps_leading;
     "Leadership::lost": elections::dropped_lost_of_a_leader_does_nothing;
+
+    "Queue::enqueue": queues::dropped_enqueue_puts_once_at_most,
+        queues::dropped_enqueue_of_a_bounded_queue;
+    "Queue::try_enqueue": queues::dropped_try_enqueue_puts_once_at_most;
+    "Queue::enqueue_all": queues::dropped_enqueue_all_puts_all_or_none;
+    "Queue::enqueue_once": queues::dropped_enqueue_once_puts_once_at_most;
+    "Queue::dequeue": queues::dropped_dequeue_keeps_the_item_for_the_next_call,
+        queues::dropped_dequeue_with_its_queue_puts_the_item_back,
+        queues::dropped_dequeue_of_an_empty_queue;
+    "Queue::try_dequeue": queues::dropped_try_dequeue_loses_nothing;
+    "Queue::claim": queues::dropped_claim_leaves_no_claim_and_counts_no_attempt;
+    "Queue::length": queues::dropped_length;
+    "Queue::peek": queues::dropped_peek;
+    "Queue::dead_letters": queues::dropped_dead_letters;
+    "Queue::requeue": queues::dropped_requeue_moves_or_leaves;
+    "Queue::purge": queues::dropped_purge_deletes_or_leaves;
+    "Claim::lost": queues::dropped_lost_of_a_claim_does_nothing;
+    "Claim::ack": queues::dropped_ack_acks_or_gives_back;
+    "Claim::ack_with": queues::dropped_ack_with_does_both_or_neither;
+    "Claim::txn": queues::dropped_txn_of_a_claim_commits_once_at_most;
+    "Claim::release": queues::dropped_release_gives_back,
+        queues::dropped_release_with_a_delay_gives_back;
+    "Claim::reject": queues::dropped_reject_gives_up_or_gives_back;
+    "TypedQueue::enqueue": queues::dropped_enqueue_on_a_typed_queue;
+    "TypedQueue::enqueue_all": queues::dropped_enqueue_all_on_a_typed_queue;
+    "TypedQueue::claim": queues::dropped_claim_on_a_typed_queue;
+    "TypedQueue::dequeue": queues::dropped_dequeue_on_a_typed_queue;
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod members;
 mod mutex;
 mod mutex_line;
 mod mutex_order;
+mod queue;
 mod quorum;
 mod restart;
 mod secrets;

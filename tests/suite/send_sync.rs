@@ -2,8 +2,9 @@
 
 use etcd_recipes::etcd_client::{Client, Compare, Txn, TxnResponse};
 use etcd_recipes::{
-    DetachedLeadership, Election, Error, Leader, Leadership, Mutex, MutexGuard, Observation, Observe,
-    Participant, Result, Session, SessionBuilder, SessionState,
+    Claim, DeadLetter, DetachedLeadership, Election, Error, Item, Leader, Leadership, Mutex, MutexGuard,
+    Observation, Observe, Participant, Queue, QueueBuilder, Result, Session, SessionBuilder, SessionState,
+    TypedClaim, TypedQueue,
 };
 use futures::stream::StreamExt as _;
 
@@ -29,6 +30,13 @@ fn every_public_type_is_send_and_sync() {
     thread_safe::<Leader>();
     thread_safe::<Observation>();
     thread_safe::<Participant>();
+    thread_safe::<Queue>();
+    thread_safe::<QueueBuilder>();
+    thread_safe::<TypedQueue<String>>();
+    thread_safe::<Claim>();
+    thread_safe::<TypedClaim<String>>();
+    thread_safe::<Item>();
+    thread_safe::<DeadLetter>();
     thread_safe::<Error>();
     fn sendable_type<T: Send + 'static>() {}
     sendable_type::<SessionBuilder>();
@@ -43,6 +51,8 @@ fn handles_are_cloned_and_guards_are_not() {
     cloned::<Session>();
     cloned::<Mutex>();
     cloned::<Election>();
+    cloned::<Queue>();
+    cloned::<TypedQueue<String>>();
 
     // A hold that could be cloned would be two. Were one of them `Clone`, both traits below would give it the
     // method, and the call would not compile.
@@ -55,6 +65,7 @@ fn handles_are_cloned_and_guards_are_not() {
     <MutexGuard as NotCloned<_>>::check();
     <Leadership as NotCloned<_>>::check();
     <Observe as NotCloned<_>>::check();
+    <Claim as NotCloned<_>>::check();
 }
 
 #[test]
@@ -101,5 +112,37 @@ fn every_future_of_an_election_is_send() {
         fn owned<F: Future<Output = ()> + Send + 'static>(_: F) {}
         owned(leadership.lost());
         sendable::<Result<()>>(leadership.resign());
+    };
+}
+
+#[test]
+fn every_future_of_a_queue_is_send() {
+    let _ = || {
+        let (queue, mut claim) = (make::<Queue>(), make::<Claim>());
+        sendable::<Result<i64>>(queue.enqueue("value"));
+        sendable::<Result<i64>>(queue.enqueue_all(["value"]));
+        sendable::<Result<Option<i64>>>(queue.try_enqueue("value"));
+        sendable::<Result<Option<i64>>>(queue.enqueue_once("id", "value"));
+        sendable::<Result<Item>>(queue.dequeue());
+        sendable::<Result<Option<Item>>>(queue.try_dequeue());
+        sendable::<Result<Claim>>(queue.claim());
+        sendable::<Result<Option<Item>>>(queue.peek());
+        sendable::<Result<u64>>(queue.length());
+        sendable::<Result<Vec<DeadLetter>>>(queue.dead_letters());
+        sendable::<Result<bool>>(queue.requeue(&make::<DeadLetter>()));
+        sendable::<Result<bool>>(queue.purge(&make::<DeadLetter>()));
+        fn owned<F: Future<Output = ()> + Send + 'static>(_: F) {}
+        owned(claim.lost());
+        let _: Compare = claim.compare();
+        sendable::<Result<TxnResponse>>(claim.txn(Txn::new()));
+        sendable::<Result<TxnResponse>>(claim.ack_with(Txn::new()));
+        sendable::<Result<()>>(claim.ack());
+        sendable::<Result<()>>(make::<Claim>().release(std::time::Duration::ZERO));
+        sendable::<Result<()>>(make::<Claim>().reject("reason"));
+        let typed = make::<TypedQueue<String>>();
+        sendable::<Result<i64>>(typed.enqueue(&String::new()));
+        sendable::<Result<i64>>(typed.enqueue_all(&[]));
+        sendable::<Result<TypedClaim<String>>>(typed.claim());
+        sendable::<Result<String>>(typed.dequeue());
     };
 }

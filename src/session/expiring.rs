@@ -1,0 +1,75 @@
+//! Leases that nobody renews: for records that go by themselves.
+//!
+//! Records of one period share a lease, and the next period has another, so each lives for at least the time asked for
+//! and at most half as long again.
+
+use std::time::Duration;
+
+use etcd_client::{Client, LeaseGrantOptions};
+use futures::future::BoxFuture;
+use tokio::sync::Mutex;
+
+use super::Core;
+use super::rpc::Failure;
+use super::runtime::{Backoff, Time};
+use crate::error::{Error, Result};
+
+/// The lease for records of now.
+#[derive(Debug)]
+pub(crate) struct Expiring {
+    least: Duration,
+    /// With the end of its period.
+    current: Mutex<Option<(i64, Time)>>,
+}
+
+impl Expiring {
+    /// For records that live for at least this long.
+    pub(crate) fn new(least: Duration) -> Self {
+        Self { least, current: Mutex::default() }
+    }
+
+    /// The lease for a record that is put now. Grants one if the period is over.
+    ///
+    /// # Cancel safety
+    ///
+    /// When dropped, a lease without keys may be left, which expires.
+    pub(crate) async fn lease(&self, core: &Core) -> Result<i64> {
+        let mut current = self.current.lock().await;
+        let mut backoff = Backoff::of_requests();
+        loop {
+            let sent = core.runtime.now();
+            if let Some((lease, until)) = *current
+                && sent < until
+            {
+                return Ok(lease);
+            }
+            let lease = i64::try_from(core.runtime.random() >> 1).unwrap_or(1).max(1);
+            let period = (self.least / 2).max(Duration::from_secs(1));
+            // Rounded up: etcd counts in whole seconds.
+            let ttl = i64::try_from((self.least + period).as_secs() + 1).unwrap_or(i64::MAX);
+            let grant = move |client: &Client| -> BoxFuture<'static, _> {
+                let (mut client, options) = (client.lease_client(), LeaseGrantOptions::new().with_id(lease));
+                Box::pin(async move { client.grant(ttl, Some(options)).await })
+            };
+            let attempt = tokio::select! {
+                biased;
+                () = core.closing.cancelled() => return Err(Error::Closed),
+                attempt = core.rpc.attempt(b"a lease for records", grant) => attempt,
+            };
+            match attempt {
+                Ok(_) => *current = Some((lease, sent.after(period))),
+                Err(Failure::Refused(error)) => return Err(error),
+                // Another id: one that was granted without an answer has no keys, and expires.
+                Err(_) => backoff.wait(&core.runtime).await,
+            }
+        }
+    }
+
+    /// The lease is gone before its time.
+    pub(crate) async fn forget(&self, lease: i64) {
+        let mut current = self.current.lock().await;
+        if current.is_some_and(|(current, _)| current == lease) {
+            *current = None;
+        }
+    }
+}
