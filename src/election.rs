@@ -322,7 +322,9 @@ impl Leadership {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] when it was lost before this call.
+    /// [`Error::Lost`] when it was lost before this call. When etcd refuses, most likely with
+    /// [`Error::PermissionDenied`], the leadership is still there: the session goes on trying in the background until the
+    /// lease is over.
     ///
     /// # Cancel safety
     ///

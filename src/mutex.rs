@@ -78,7 +78,7 @@ impl Mutex {
     ///
     /// When dropped, the place in line is given up and no key is left, also if the request was on its way.
     pub async fn lock(&self) -> Result<MutexGuard> {
-        let describe = || participant::describe(&self.session.core().identity);
+        let describe = || participant::describe(&self.session.core().options.identity);
         Ok(MutexGuard { place: self.line.enter(&self.session, describe).await? })
     }
 
@@ -92,7 +92,7 @@ impl Mutex {
     ///
     /// When dropped, the lock is not taken, or given back.
     pub async fn try_lock(&self) -> Result<Option<MutexGuard>> {
-        let value = participant::describe(&self.session.core().identity);
+        let value = participant::describe(&self.session.core().options.identity);
         let place = self.line.try_enter(&self.session, value).await?;
         Ok(place.map(|place| MutexGuard { place }))
     }
@@ -221,7 +221,9 @@ impl MutexGuard {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`](crate::Error::Lost) when the lock was lost before this call.
+    /// [`Error::Lost`](crate::Error::Lost) when the lock was lost before this call. When etcd refuses the release, most
+    /// likely with [`Error::PermissionDenied`](crate::Error::PermissionDenied), the lock is still taken: the session
+    /// goes on trying in the background until the lease is over.
     ///
     /// # Cancel safety
     ///

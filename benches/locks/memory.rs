@@ -19,12 +19,14 @@ const BATCH: usize = 50;
 /// Until what is in flight has settled.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// `n` sessions on one connection, all waiting for one lock that is held.
+/// `n` sessions, all waiting for one lock that is held: on shared connections, or each on its own (mode `own`).
 pub(crate) async fn sessions(load: &Load) -> Result<Line> {
-    let client = load.connect().await?;
-    let one = async || begin(Session::builder_with_client(client.clone()), load).await;
     let name = fresh("lock");
-    let holder = one().await?;
+    let holder = begin(Session::builder([&load.endpoint]), load).await?;
+    let one = async || match load.mode.as_str() {
+        "own" => begin(Session::builder([&load.endpoint]), load).await,
+        _ => Ok(holder.beside().await?),
+    };
     let held = Mutex::new(&holder, &name)?.lock().await?;
     let mut waiting = Waiting::start(load, name.clone(), 1).await?;
     let sessions = open(load.n, |_| one()).await?;

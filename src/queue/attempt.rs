@@ -197,7 +197,7 @@ impl Means {
         let Some(first) = of.first() else { return Ok(None) };
         let generation = self.core.generation().await?;
         let (keys, candidates) = (self.keys.clone(), of.to_vec());
-        let who = participant::describe(&self.core.identity);
+        let who = participant::describe(&self.core.options.identity);
         let body = move |record: &Record<'_>| chain::claim(&keys, &candidates, &who, record);
         let done = self.core.once(&generation, &first.entry.key, body, |done| done).await?;
         let hold = |index: usize, value| {

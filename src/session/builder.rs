@@ -1,18 +1,18 @@
 //! The options of a session, and its beginning.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch as channel};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::endpoints::{self, Endpoints};
-use super::kept::Kept;
+use super::generation::Current;
 use super::lease::{self, Keeper, Liveness};
 use super::rpc::Rpc;
 use super::runtime::Runtime;
-use super::watch::{Hub, Kind};
+use super::transport::Transport;
 use super::{Core, Handle, Session, SessionState};
 use crate::error::{Error, Result};
 use crate::name;
@@ -20,7 +20,7 @@ use crate::name;
 /// The options of a session.
 #[must_use = "a builder does nothing until `connect` is called"]
 pub struct SessionBuilder {
-    transport: Transport,
+    connections: Connections,
     ttl: Duration,
     connect_timeout: Duration,
     namespace: String,
@@ -34,15 +34,25 @@ pub struct SessionBuilder {
     runtime: Option<Runtime>,
 }
 
-pub(super) enum Transport {
+/// What a session also has when it is opened beside another.
+pub(crate) struct Options {
+    pub(crate) ttl: Duration,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) namespace: Arc<str>,
+    /// Who this process says it is, in the values of lock keys.
+    pub(crate) identity: String,
+    pub(crate) liveness: Option<Liveness>,
+}
+
+pub(super) enum Connections {
     Endpoints(Vec<String>),
     Client(Box<Client>),
 }
 
 impl SessionBuilder {
-    pub(super) fn new(transport: Transport) -> Self {
+    pub(super) fn new(connections: Connections) -> Self {
         Self {
-            transport,
+            connections,
             ttl: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(5),
             namespace: "_etcd-recipes/".into(),
@@ -152,59 +162,45 @@ impl SessionBuilder {
         self.check()?;
         let began = tokio::time::Instant::now();
         let runtime = Arc::new(self.runtime.take().unwrap_or_else(Runtime::current));
-        let options = self.options();
-        let timeout = (self.ttl / 5).clamp(Duration::from_millis(500), Duration::from_secs(2));
-        let namespace: Arc<str> = self.namespace.into();
-        // A client that the caller made may have a user.
-        let given = matches!(self.transport, Transport::Client(_));
-        let (has_user, probe) = (given || self.user.is_some(), name::probe(&namespace));
-        let rpc = |endpoints| {
-            let (runtime, probe) = (runtime.clone(), probe.clone());
-            Rpc { endpoints, runtime, timeout, has_user, login: AsyncMutex::default(), probe }
-        };
-        let (requests, keepalives) = match self.transport {
-            Transport::Endpoints(names) => {
-                (Endpoints::dial(&names, options.clone()), Endpoints::dial(&names, options))
-            }
-            Transport::Client(client) => (Endpoints::given((*client).clone()), Endpoints::given(*client)),
-        };
-        let (state, states) = channel::channel(SessionState::Lost { generation: 0 });
-        let (current, generations) = channel::channel(None);
         let closing = CancellationToken::new();
-        let keeper = Keeper {
-            rpc: rpc(keepalives),
-            ttl: self.ttl,
-            liveness: self.liveness,
-            state,
-            current,
-            closing: closing.clone(),
-        };
-        // From here on a dropped call closes what was opened.
+        // What is left when this is dropped before the transport has a session.
         let undo = closing.clone().drop_guard();
-        start(keeper, self.connect_timeout, self.thread, &runtime).await?;
-        let rpc = Arc::new(rpc(requests));
-        let mut last = None;
-        let client = rpc.endpoints.for_user(&runtime, &mut last);
-        let remaining = self.connect_timeout.saturating_sub(began.elapsed());
-        let client = tokio::time::timeout(remaining, client).await;
-        let client = client.map_err(|_| rpc.unreachable(self.connect_timeout, last))?;
-        let core = Core {
-            deletions: Hub::new(Kind::Deletions, rpc.clone(), closing.clone()),
-            changes: Hub::new(Kind::Everything, rpc.clone(), closing.clone()),
-            rpc,
-            runtime,
-            namespace,
-            identity: self.identity.unwrap_or_else(own_identity),
-            lines: Mutex::default(),
-            kept: Kept::new(),
+        let keeping = if self.thread { keepalive_thread(closing.clone()).await? } else { runtime.clone() };
+        let transport = Arc::new(self.transport(runtime, keeping, undo.disarm()));
+        let options = Arc::new(Options {
             ttl: self.ttl,
-            client,
-            current: generations,
-            state: states,
-            closing,
+            connect_timeout: self.connect_timeout,
+            namespace: self.namespace.into(),
+            identity: self.identity.unwrap_or_else(own_identity),
+            liveness: self.liveness,
+        });
+        let begun = begin(&transport, &options).await?;
+        let (rpc, mut last) = (&transport.rpc, None);
+        let client = rpc.endpoints.for_user(&rpc.runtime, &mut last);
+        let client =
+            tokio::time::timeout(options.connect_timeout.saturating_sub(began.elapsed()), client).await;
+        let client = client.map_err(|_| rpc.unreachable(options.connect_timeout, last))?;
+        Ok(begun.session(transport, options, Arc::new(client)))
+    }
+
+    fn transport(
+        &self,
+        runtime: Arc<Runtime>,
+        keeping: Arc<Runtime>,
+        closing: CancellationToken,
+    ) -> Transport {
+        let timeout = (self.ttl / 5).clamp(Duration::from_millis(500), Duration::from_secs(2));
+        // A client that the caller made may have a user.
+        let has_user = self.user.is_some() || matches!(self.connections, Connections::Client(_));
+        let rpc = |runtime| {
+            let endpoints = match &self.connections {
+                Connections::Endpoints(names) => Endpoints::dial(names, self.options()),
+                Connections::Client(client) => Endpoints::given((**client).clone()),
+            };
+            let (login, probe) = (AsyncMutex::default(), name::probe(&self.namespace));
+            Arc::new(Rpc { endpoints, runtime, timeout, has_user, login, probe })
         };
-        undo.disarm();
-        Ok(Session { handle: Arc::new(Handle { core: Arc::new(core) }) })
+        Transport::new(rpc(runtime), rpc(keeping), closing)
     }
 
     fn check(&self) -> Result<()> {
@@ -216,12 +212,14 @@ impl SessionBuilder {
         if self.identity.as_ref().is_some_and(|identity| identity.len() > 1024) {
             return refuse("identity", "it is longer than 1,024 bytes");
         }
-        if let Transport::Endpoints(endpoints) = &self.transport {
+        if let Connections::Endpoints(endpoints) = &self.connections {
             endpoints.iter().try_for_each(|endpoint| endpoints::check(endpoint))?;
         }
-        match &self.transport {
-            Transport::Endpoints(endpoints) if endpoints.is_empty() => refuse("endpoints", "there are none"),
-            Transport::Endpoints(endpoints)
+        match &self.connections {
+            Connections::Endpoints(endpoints) if endpoints.is_empty() => {
+                refuse("endpoints", "there are none")
+            }
+            Connections::Endpoints(endpoints)
                 if self.user.is_some() && endpoints.iter().any(|endpoint| !endpoint.contains("://")) =>
             {
                 refuse(
@@ -229,14 +227,14 @@ impl SessionBuilder {
                     "an endpoint does not say http:// or https://, and a password must not be sent by chance",
                 )
             }
-            Transport::Client(_) if self.user.is_some() => {
+            Connections::Client(_) if self.user.is_some() => {
                 refuse("user", "the client was made already; give it the user")
             }
             #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
-            Transport::Client(_) if self.tls.is_some() => {
+            Connections::Client(_) if self.tls.is_some() => {
                 refuse("tls", "the client was made already; give it the TLS options")
             }
-            Transport::Client(_) if self.thread => {
+            Connections::Client(_) if self.thread => {
                 refuse("keepalive_thread", "it needs connections of its own; use Session::builder")
             }
             _ => Ok(()),
@@ -273,43 +271,92 @@ impl std::fmt::Debug for SessionBuilder {
     }
 }
 
-/// Takes the first lease and leaves the keeper running.
-async fn start(keeper: Keeper, limit: Duration, thread: bool, runtime: &Runtime) -> Result<()> {
-    let (answer, answered) = oneshot::channel();
-    let work = async move {
-        match keeper.first(limit).await {
-            Ok(first) => {
-                keeper.publish(&first);
-                // If nobody waits for it any more, the session is closing and so is the keeper, with a revoke.
-                let _ = answer.send(Ok(()));
-                keeper.run(first).await;
-            }
-            Err(error) => {
-                let _ = answer.send(Err(error));
-            }
-        }
+/// A session whose lease is granted. Closes it when dropped.
+struct Begun {
+    runtime: Arc<Runtime>,
+    current: Arc<Current>,
+    state: channel::Receiver<SessionState>,
+    undo: DropGuard,
+}
+
+/// Takes the first lease and leaves the keeper running. The transport counts the session already.
+async fn begin(transport: &Arc<Transport>, options: &Arc<Options>) -> Result<Begun> {
+    let (state, states) = channel::channel(SessionState::Lost { generation: 0 });
+    let current = Arc::new(Current::default());
+    let closing = CancellationToken::new();
+    let keeper = Keeper {
+        transport: transport.clone(),
+        options: options.clone(),
+        state,
+        current: current.clone(),
+        closing: closing.clone(),
     };
-    if !thread {
-        runtime.spawn(work);
-        return answered.await.unwrap_or(Err(Error::Closed));
+    let undo = closing.drop_guard();
+    let runtime = Arc::new(transport.rpc.runtime.beside());
+    let (answer, answered) = oneshot::channel();
+    let keeping = transport.keepalives.rpc.runtime.clone();
+    keeping.clone().spawn(async move {
+        let first = keeper.first().await.map(|first| {
+            keeper.publish(&first);
+            // If nobody waits for it any more, the session is closing and so is the keeper, with a revoke.
+            keeping.spawn(keeper.run(first));
+        });
+        let _ = answer.send(first);
+    });
+    answered.await.unwrap_or(Err(Error::Closed))?;
+    Ok(Begun { runtime, current, state: states, undo })
+}
+
+/// Begins a session on the transport of another.
+pub(super) async fn beside(core: &Core) -> Result<Session> {
+    let (transport, options, client) = (core.transport.clone(), core.options.clone(), core.client.clone());
+    if core.closing.is_cancelled() || !transport.join() {
+        return Err(Error::Closed);
     }
-    let refuse = |error| Error::InvalidOption {
+    Ok(begin(&transport, &options).await?.session(transport, options, client))
+}
+
+impl Begun {
+    fn session(self, transport: Arc<Transport>, options: Arc<Options>, client: Arc<Client>) -> Session {
+        let core = Core {
+            rpc: transport.rpc.clone(),
+            runtime: self.runtime,
+            namespace: options.namespace.clone(),
+            deletions: transport.deletions.clone(),
+            changes: transport.changes.clone(),
+            options,
+            transport,
+            lines: Mutex::default(),
+            kept: OnceLock::new(),
+            client,
+            current: self.current,
+            state: self.state,
+            closing: self.undo.disarm(),
+        };
+        Session { handle: Arc::new(Handle { core: Arc::new(core) }) }
+    }
+}
+
+/// Starts a thread with a runtime of its own, which ends some time after `closing`.
+async fn keepalive_thread(closing: CancellationToken) -> Result<Arc<Runtime>> {
+    let refuse = |error: std::io::Error| Error::InvalidOption {
         option: "keepalive_thread",
         reason: format!("the thread cannot be started: {error}"),
     };
+    let (answer, answered) = oneshot::channel();
     // Made in its thread, since a runtime must not be dropped in another.
-    let run = move || {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map(|own| own.block_on(work))
+    let run = move || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(own) => own.block_on(async {
+            let runtime = Arc::new(Runtime::current());
+            let _ = answer.send(Ok(runtime.clone()));
+            closing.cancelled().await;
+            runtime.idle().await;
+        }),
+        Err(error) => drop(answer.send(Err(error))),
     };
-    let thread = std::thread::Builder::new().name("etcd-keepalive".into()).spawn(run).map_err(refuse)?;
-    match answered.await {
-        Ok(result) => result,
-        // The thread ended before it began to work.
-        Err(_) => match thread.join() {
-            Ok(Err(error)) => Err(refuse(error)),
-            _ => Err(Error::Closed),
-        },
-    }
+    std::thread::Builder::new().name("etcd-keepalive".into()).spawn(run).map_err(refuse)?;
+    let ended = |_| Err(std::io::Error::other("it ended at once"));
+    answered.await.unwrap_or_else(ended).map_err(refuse)
 }
 
 fn own_identity() -> String {

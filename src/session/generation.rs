@@ -1,8 +1,8 @@
 //! One lease of a session, and the local knowledge of its end.
 
 use std::num::NonZeroI64;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +20,25 @@ pub(crate) struct Generation {
     deadline: AtomicU64,
     ended: CancellationToken,
     runtime: Arc<Runtime>,
+}
+
+/// The generation that a session has now, if any.
+#[derive(Debug, Default)]
+pub(crate) struct Current(Mutex<Option<Arc<Generation>>>);
+
+impl Current {
+    pub(crate) fn living(&self) -> Option<Arc<Generation>> {
+        self.generation().clone().filter(|generation| generation.is_alive())
+    }
+
+    /// Gives what was there before.
+    pub(crate) fn replace(&self, next: Option<Arc<Generation>>) -> Option<Arc<Generation>> {
+        std::mem::replace(&mut *self.generation(), next)
+    }
+
+    fn generation(&self) -> MutexGuard<'_, Option<Arc<Generation>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The deadline of a generation that is over.

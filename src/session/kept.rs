@@ -63,13 +63,17 @@ enum Command {
 }
 
 impl Kept {
-    pub(crate) fn new() -> Self {
+    fn new() -> Self {
         let (commands, inbox) = unbounded_channel();
         Self { commands, idle: Mutex::new(Some(inbox)) }
     }
 }
 
 impl Core {
+    fn kept(&self) -> &Kept {
+        self.kept.get_or_init(Kept::new)
+    }
+
     /// Puts a key, whatever is there, and keeps it. `prefix` is watched for what happens to it. Waits for a lease and
     /// for etcd.
     ///
@@ -87,12 +91,13 @@ impl Core {
         value: Vec<u8>,
     ) -> Result<KeptKey> {
         name::check_value(&value)?;
-        if let Some(inbox) = self.kept.idle.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let kept = self.kept();
+        if let Some(inbox) = kept.idle.lock().unwrap_or_else(PoisonError::into_inner).take() {
             self.runtime.spawn(Task::new(self.clone(), inbox).run());
         }
         let (answer, answered) = oneshot::channel();
         let (key, value) = (key.into(), value.into());
-        let _ = self.kept.commands.send(Command::Keep { prefix, key, value, answer });
+        let _ = kept.commands.send(Command::Keep { prefix, key, value, answer });
         answered.await.unwrap_or(Err(Error::Closed))
     }
 }

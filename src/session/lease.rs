@@ -3,17 +3,13 @@
 //! One lease at a time is a *generation* of the session. Its deadline is the time the last confirmed keepalive was
 //! sent, plus the TTL of its answer, less a margin: etcd starts counting later than that, so the local clock always
 //! ends first.
-//!
-//! A keepalive is confirmed by a linearizable read begun after its answer that shows the same raft term. A leader that
-//! was stopped and has been replaced still answers keepalives when it continues, until it hears of the new term; those
-//! do not count, the new leader never saw them.
 
 use std::num::NonZeroI64;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{Client, GetOptions, LeaseGrantOptions, LeaseKeepAliveStream, LeaseKeeper, ResponseHeader};
+use etcd_client::{Client, GetOptions, LeaseGrantOptions};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use futures::{FutureExt, TryFutureExt};
@@ -21,9 +17,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::SessionState;
-use super::generation::Generation;
-use super::rpc::{self, Failure, Rpc};
+use super::builder::Options;
+use super::generation::{Current, Generation};
+use super::keepalive::{Beat, Stream};
+use super::rpc::{Failure, Rpc};
 use super::runtime::{Backoff, Time};
+use super::transport::Transport;
 use crate::error::{Error, Result};
 
 /// The local end of a lease whose TTL was told by an answer to a request sent at `sent`.
@@ -41,81 +40,72 @@ pub(crate) type Liveness = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// The task that owns the lease of a session.
 pub(crate) struct Keeper {
-    /// Connections of its own, so that no other traffic delays a keepalive.
-    pub(crate) rpc: Rpc,
-    pub(crate) ttl: Duration,
-    pub(crate) liveness: Option<Liveness>,
+    pub(crate) transport: Arc<Transport>,
+    pub(crate) options: Arc<Options>,
     pub(crate) state: watch::Sender<SessionState>,
-    pub(crate) current: watch::Sender<Option<Arc<Generation>>>,
+    pub(crate) current: Arc<Current>,
     /// Cancelled when the session is to be closed.
     pub(crate) closing: CancellationToken,
 }
 
-/// An open keepalive stream.
-struct Stream {
-    keeper: LeaseKeeper,
-    answers: LeaseKeepAliveStream,
-}
-
-/// What came of one keepalive.
-enum Beat {
-    /// Answered and confirmed: the lease lives until then.
-    Confirmed(Box<Stream>, Time),
-    /// etcd says that the lease is gone.
-    Gone,
-    /// No answer, or one that does not count.
-    Nothing,
-}
-
 impl Keeper {
-    /// Grants the first lease within `limit`.
+    /// The connections of keepalives serve all that concerns the lease.
+    fn rpc(&self) -> &Rpc {
+        &self.transport.keepalives.rpc
+    }
+
+    /// Grants the first lease within the connect timeout.
     ///
     /// # Cancel safety
     ///
     /// A dropped call may leave a lease without keys, which expires after its TTL.
-    pub(crate) async fn first(&self, limit: Duration) -> Result<Arc<Generation>> {
-        let mut last = None;
+    pub(crate) async fn first(&self) -> Result<Arc<Generation>> {
+        let (mut last, limit) = (None, self.options.connect_timeout);
         let first = async {
             self.admitted(&mut last).await?;
             self.grant(1, &mut last).await
         };
         let granted = tokio::time::timeout(limit, first).await;
-        granted.unwrap_or_else(|_| Err(self.rpc.unreachable(limit, last)))
+        granted.unwrap_or_else(|_| Err(self.rpc().unreachable(limit, last)))
     }
 
     /// Keeps one generation after the other until the session is closed.
+    ///
+    /// What happens seldom is boxed: a session spends its life in `keep`.
     pub(crate) async fn run(self, first: Arc<Generation>) {
         let mut generation = first;
         loop {
             let closing = self.keep(&generation).await;
             generation.end();
-            self.current.send_replace(None);
+            self.current.replace(None);
             if closing {
-                return self.revoke(&generation, true).await;
+                return Box::pin(self.revoke(&generation, true)).await;
             }
             tracing::warn!(lease = format_args!("{:x}", generation.lease), "lease lost");
             self.state.send_replace(SessionState::Lost { generation: generation.number });
-            let renewed = async {
-                // Before the first write of the next generation: keys of the old one may still be there.
-                self.revoke(&generation, false).await;
-                while !self.application_lives() {
-                    tokio::time::sleep(self.patience()).await;
-                }
-                self.grant_until_done(generation.number + 1).await
-            };
             generation = tokio::select! {
-                next = renewed => next,
-                () = self.closing.cancelled() => return self.revoke(&generation, true).await,
+                next = Box::pin(self.replace(&generation)) => next,
+                () = self.closing.cancelled() => return Box::pin(self.revoke(&generation, true)).await,
             };
             self.publish(&generation);
         }
+    }
+
+    /// Grants the lease that follows one that is lost.
+    async fn replace(&self, lost: &Generation) -> Arc<Generation> {
+        // Before the first write of the next generation: keys of the old one may still be there.
+        self.revoke(lost, false).await;
+        while !self.application_lives() {
+            tokio::time::sleep(self.patience()).await;
+        }
+        self.grant_until_done(lost.number + 1).await
     }
 
     /// Tells everybody of a new generation.
     pub(crate) fn publish(&self, generation: &Arc<Generation>) {
         let number = generation.number;
         tracing::info!(lease = format_args!("{:x}", generation.lease), generation = number, "lease granted");
-        self.current.send_replace(Some(generation.clone()));
+        self.current.replace(Some(generation.clone()));
         self.state.send_replace(SessionState::Connected { generation: number });
     }
 
@@ -124,12 +114,12 @@ impl Keeper {
     async fn admitted(&self, last: &mut Option<etcd_client::Error>) -> Result<()> {
         let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
         loop {
-            let probe = self.rpc.probe.clone();
+            let probe = self.rpc().probe.clone();
             let call = move |client: &Client| -> BoxFuture<'static, _> {
                 let (mut client, options) = (client.kv_client(), GetOptions::new().with_count_only());
                 Box::pin(async move { client.get(probe, Some(options)).await })
             };
-            match self.rpc.attempt(&self.rpc.probe, call).await {
+            match self.rpc().attempt(&self.rpc().probe, call).await {
                 Ok(_) => return Ok(()),
                 Err(Failure::Refused(error)) => return Err(error),
                 // A new login did not help: the client has no user.
@@ -142,7 +132,7 @@ impl Keeper {
                 Err(Failure::Unknown(error)) => *last = error,
                 Err(Failure::LeaseExists) => {}
             }
-            backoff.wait(&self.rpc.runtime).await;
+            backoff.wait(&self.rpc().runtime).await;
         }
     }
 
@@ -154,24 +144,27 @@ impl Keeper {
                 // Credentials, permission or space: somebody has to act, so no hurry.
                 Err(error) => tracing::warn!(%error, "no new lease"),
             }
-            backoff.wait(&self.rpc.runtime).await;
+            backoff.wait(&self.rpc().runtime).await;
         }
     }
 
     /// Grants a lease, sending again until etcd answers. `last` keeps the last failure for an error message.
     async fn grant(&self, number: u64, last: &mut Option<etcd_client::Error>) -> Result<Arc<Generation>> {
-        let ttl = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
+        let ttl = i64::try_from(self.options.ttl.as_secs()).unwrap_or(i64::MAX);
         let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(150));
         let (mut lease, mut sent_before) = (self.random_lease(), false);
         loop {
             let id = lease.get();
             let grant = || {
-                let sent = self.rpc.runtime.now();
+                let sent = self.rpc().runtime.now();
                 let call = move |client: &Client| -> BoxFuture<'static, _> {
                     let (mut client, options) = (client.lease_client(), LeaseGrantOptions::new().with_id(id));
                     Box::pin(async move { client.grant(ttl, Some(options)).await })
                 };
-                self.rpc.attempt(b"the session's lease", call).map_ok(move |granted| (sent, granted)).boxed()
+                self.rpc()
+                    .attempt(b"the session's lease", call)
+                    .map_ok(move |granted| (sent, granted))
+                    .boxed()
             };
             let (answer, several) = self.answer(grant).await;
             sent_before |= several;
@@ -182,10 +175,15 @@ impl Keeper {
                 }
                 // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives.
                 Err(Failure::LeaseExists) if sent_before => {
-                    match self.beat(None, lease, self.rpc.endpoints.current()).await {
-                        Beat::Confirmed(_, deadline) => return Ok(self.generation(number, lease, deadline)),
+                    let keepalives = &self.transport.keepalives;
+                    let stream = keepalives.stream();
+                    match keepalives.renew(&stream, lease).await {
+                        Beat::Confirmed(renewal) => {
+                            let deadline = local_deadline(renewal.sent, renewal.ttl);
+                            return Ok(self.generation(number, lease, deadline));
+                        }
                         Beat::Gone => (lease, sent_before) = (self.random_lease(), false),
-                        Beat::Nothing => {}
+                        Beat::Nothing => drop(keepalives.instead_of(&stream)),
                     }
                 }
                 Err(Failure::LeaseExists) => lease = self.random_lease(),
@@ -197,7 +195,7 @@ impl Keeper {
                 Err(Failure::Again(error) | Failure::Login(error)) => *last = Some(error),
                 Err(Failure::LeaseGone(_)) => {}
             }
-            backoff.wait(&self.rpc.runtime).await;
+            backoff.wait(&self.rpc().runtime).await;
         }
     }
 
@@ -216,7 +214,7 @@ impl Keeper {
             tokio::select! {
                 Some(answer) = attempts.next() => return (answer, several),
                 () = tokio::time::sleep(PAUSE), if attempts.len() < MOST => {
-                    self.rpc.endpoints.avoid(self.rpc.endpoints.current());
+                    self.rpc().endpoints.avoid(self.rpc().endpoints.current());
                     several = true;
                     attempts.push(attempt());
                 }
@@ -225,11 +223,11 @@ impl Keeper {
     }
 
     fn generation(&self, number: u64, lease: NonZeroI64, deadline: Time) -> Arc<Generation> {
-        Arc::new(Generation::new(number, lease, deadline, self.rpc.runtime.clone()))
+        Arc::new(Generation::new(number, lease, deadline, self.rpc().runtime.clone()))
     }
 
     fn random_lease(&self) -> NonZeroI64 {
-        let bits = self.rpc.runtime.random() >> 1;
+        let bits = self.rpc().runtime.random() >> 1;
         i64::try_from(bits).ok().and_then(NonZeroI64::new).unwrap_or(NonZeroI64::MIN.saturating_abs())
     }
 
@@ -244,7 +242,7 @@ impl Keeper {
                         let mut client = client.lease_client();
                         Box::pin(async move { client.revoke(id).await })
                     };
-                    self.rpc.attempt(b"the session's lease", call).boxed()
+                    self.rpc().attempt(b"the session's lease", call).boxed()
                 };
                 match self.answer(revoke).await.0 {
                     Ok(_) | Err(Failure::LeaseGone(_)) => return,
@@ -252,12 +250,12 @@ impl Keeper {
                         tracing::warn!(%error, "the lease cannot be revoked; it will expire");
                         return;
                     }
-                    Err(_) => backoff.wait(&self.rpc.runtime).await,
+                    Err(_) => backoff.wait(&self.rpc().runtime).await,
                 }
             }
         };
         if closing {
-            let _ = tokio::time::timeout(self.ttl, revoke).await;
+            let _ = tokio::time::timeout(self.options.ttl, revoke).await;
         } else {
             revoke.await;
         }
@@ -265,21 +263,23 @@ impl Keeper {
 
     /// Keeps a generation alive until it is lost (false) or the session is closing (true).
     async fn keep(&self, generation: &Generation) -> bool {
-        let mut stream = None;
-        let mut sent = self.rpc.runtime.now();
+        let (runtime, third) = (&self.rpc().runtime, self.options.ttl / 3);
+        // Sessions that began together are not to go on in step.
+        let mut next = runtime.now().after(runtime.jitter(third));
         loop {
             tokio::select! {
                 biased;
                 () = self.closing.cancelled() => return true,
                 () = generation.ended() => return false,
-                () = self.rpc.runtime.sleep_until(sent.after(self.ttl / 3)) => {}
+                () = runtime.sleep_until(next) => {}
             }
-            sent = self.rpc.runtime.now();
+            next = runtime.now().after(third - runtime.jitter(third / 10));
             tokio::select! {
                 biased;
                 () = self.closing.cancelled() => return true,
                 () = generation.ended() => return false,
-                renewed = self.renew(generation, &mut stream) => if !renewed {
+                // Boxed, because it runs for a moment in a task that is there all the time.
+                renewed = Box::pin(self.renew(generation)) => if !renewed {
                     return false;
                 },
             }
@@ -287,12 +287,10 @@ impl Keeper {
     }
 
     /// Renews the lease: first on the open stream; while no answer comes, on more streams through the other members.
-    async fn renew(&self, generation: &Generation, stream: &mut Option<Box<Stream>>) -> bool {
-        let runtime = &self.rpc.runtime;
+    async fn renew(&self, generation: &Generation) -> bool {
+        let (keepalives, runtime) = (&self.transport.keepalives, &self.rpc().runtime);
         let patience = self.patience();
         let mut backoff = Backoff::new(patience / 4, patience);
-        let mut beats = FuturesUnordered::new();
-        let mut member = self.rpc.endpoints.current();
         while !self.application_lives() {
             self.suspend(generation);
             tokio::select! {
@@ -300,15 +298,16 @@ impl Keeper {
                 () = tokio::time::sleep(patience) => {}
             }
         }
-        beats.push(self.beat(stream.take(), generation.lease, member).boxed());
+        let renew = |stream: Stream| async move { keepalives.renew(&stream, generation.lease).await };
+        let (mut stream, mut beats) = (keepalives.stream(), FuturesUnordered::new());
+        beats.push(renew(stream.clone()));
         let mut next = tokio::time::sleep(patience).boxed();
         loop {
             tokio::select! {
                 biased;
                 Some(beat) = beats.next() => match beat {
-                    Beat::Confirmed(open, deadline) => {
-                        *stream = Some(open);
-                        let alive = generation.extend(deadline);
+                    Beat::Confirmed(renewal) => {
+                        let alive = generation.extend(local_deadline(renewal.sent, renewal.ttl));
                         if alive {
                             self.resume(generation);
                         }
@@ -322,9 +321,8 @@ impl Keeper {
                 },
                 () = &mut next => {
                     self.suspend(generation);
-                    self.rpc.endpoints.avoid(member);
-                    member = self.rpc.endpoints.current();
-                    beats.push(self.beat(None, generation.lease, member).boxed());
+                    stream = keepalives.instead_of(&stream);
+                    beats.push(renew(stream.clone()));
                     next = tokio::time::sleep(patience + runtime.jitter(patience)).boxed();
                 }
                 () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
@@ -334,61 +332,13 @@ impl Keeper {
 
     /// How long something is waited for before something else is tried.
     fn patience(&self) -> Duration {
-        (self.ttl / 10).min(Duration::from_millis(500))
+        (self.options.ttl / 10).min(Duration::from_millis(500))
     }
 
     /// Asks the application, if it wants to be asked. One that panics does not live.
     fn application_lives(&self) -> bool {
         let ask = |alive: &Liveness| std::panic::catch_unwind(AssertUnwindSafe(|| alive())).unwrap_or(false);
-        self.liveness.as_ref().is_none_or(ask)
-    }
-
-    /// Sends one keepalive through a member and confirms its answer.
-    async fn beat(&self, stream: Option<Box<Stream>>, lease: NonZeroI64, member: usize) -> Beat {
-        let limit = self.rpc.timeout * 2;
-        match tokio::time::timeout(limit, self.try_beat(stream, lease, member)).await {
-            Ok(Ok(beat)) => return beat,
-            Ok(Err(error)) => match rpc::classify(b"the session's lease", error, self.rpc.has_user) {
-                Failure::LeaseGone(_) => return Beat::Gone,
-                Failure::Login(_) => self.rpc.log_in_again(member).await,
-                Failure::Refused(error) => tracing::warn!(error = ?error, "etcd refuses to renew the lease"),
-                failure => tracing::debug!(?failure, "keepalive failed"),
-            },
-            Err(_) => tracing::debug!("keepalive not answered in time"),
-        }
-        Beat::Nothing
-    }
-
-    async fn try_beat(
-        &self,
-        stream: Option<Box<Stream>>,
-        lease: NonZeroI64,
-        member: usize,
-    ) -> Result<Beat, etcd_client::Error> {
-        let client = self.rpc.endpoints.client(member).await?;
-        let mut stream = match stream {
-            Some(stream) => stream,
-            None => match client.lease_client().keep_alive(lease.get()).await {
-                Ok((keeper, answers)) => Box::new(Stream { keeper, answers }),
-                Err(etcd_client::Error::LeaseKeepAliveError(message)) if message == "lease not found" => {
-                    return Ok(Beat::Gone);
-                }
-                Err(error) => return Err(error),
-            },
-        };
-        let sent = self.rpc.runtime.now();
-        stream.keeper.keep_alive().await?;
-        let Some(answer) = stream.answers.message().await? else { return Ok(Beat::Nothing) };
-        if answer.ttl() <= 0 {
-            return Ok(Beat::Gone);
-        }
-        let read =
-            client.kv_client().get(self.rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await?;
-        let term = |header: Option<&ResponseHeader>| header.map(ResponseHeader::raft_term);
-        if term(answer.header()).is_none() || term(answer.header()) != term(read.header()) {
-            return Ok(Beat::Nothing);
-        }
-        Ok(Beat::Confirmed(stream, local_deadline(sent, seconds(answer.ttl()))))
+        self.options.liveness.as_ref().is_none_or(ask)
     }
 
     fn suspend(&self, generation: &Generation) {
@@ -410,9 +360,10 @@ impl Keeper {
 impl Drop for Keeper {
     /// The session is over, whatever ended its keeper; nobody shall wait for a renewal that will not come.
     fn drop(&mut self) {
-        if let Some(generation) = self.current.send_replace(None) {
+        if let Some(generation) = self.current.replace(None) {
             generation.end();
         }
+        self.transport.leave();
         self.state.send_replace(SessionState::Closed);
     }
 }

@@ -53,8 +53,11 @@ pub(crate) struct Line {
     prefix: Prefix,
     range: Range,
     /// The session's own contenders, the holder included, in the order of the line.
-    contenders: Mutex<BTreeMap<Position, Arc<Mailbox>>>,
+    contenders: Mutex<Contenders>,
 }
+
+/// Positions are shared, because a tree keeps room for several.
+type Contenders = BTreeMap<Arc<Position>, Arc<Mailbox>>;
 
 /// A contender's place: in the line of its generation, by create revision, then key. A generation that is lost has no
 /// say in the next, whoever still holds on to its guards.
@@ -96,7 +99,7 @@ struct Standing {
 /// A contender's membership in the session's part of the line; ends when dropped.
 struct Membership {
     line: Arc<Line>,
-    position: Position,
+    position: Arc<Position>,
     mailbox: Arc<Mailbox>,
 }
 
@@ -189,7 +192,8 @@ impl Line {
             reads: if alone { vec![self.standing_op(None)] } else { Vec::new() },
         };
         let lost = || Error::Lost { key: name::display(self.prefix.as_bytes()) };
-        let Created { key, reads } = creation.run(core, generation).await?.ok_or_else(lost)?;
+        // Boxed, because it is over before the wait begins, and a waiter that only waits should be small.
+        let Created { key, reads } = Box::pin(creation.run(core, generation)).await?.ok_or_else(lost)?;
         let position = Position::of(key.facts());
         let standing = match reads {
             Some((reads, revision)) if alone => {
@@ -320,22 +324,22 @@ impl Line {
         Standing::read(range.keys(), range.more(), me, revision)
     }
 
-    fn contenders(&self) -> MutexGuard<'_, BTreeMap<Position, Arc<Mailbox>>> {
+    fn contenders(&self) -> MutexGuard<'_, Contenders> {
         self.contenders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The contender of this session behind `position`.
-    fn behind(&self, position: &Position) -> Option<Position> {
+    fn behind(&self, position: &Position) -> Option<Arc<Position>> {
         use std::ops::Bound::{Excluded, Unbounded};
         let contenders = self.contenders();
-        let next = contenders.range((Excluded(position), Unbounded)).next();
+        let next = contenders.range::<Position, _>((Excluded(position), Unbounded)).next();
         next.filter(|(next, _)| next.generation == position.generation).map(|(next, _)| next.clone())
     }
 
     /// Takes a contender off the list, and tells the next of this session what is known of its place.
-    fn leave(&self, position: &Position, next: Option<(Position, Standing)>) {
+    fn leave(&self, position: &Position, next: Option<(Arc<Position>, Standing)>) {
         let mut contenders = self.contenders();
-        let led = first_of(&contenders, position).is_some_and(|(first, _)| first == position);
+        let led = first_of(&contenders, position).is_some_and(|(first, _)| **first == *position);
         if contenders.remove(position).is_none() || !led {
             return;
         }
@@ -356,10 +360,13 @@ fn warn_without_lease(facts: &KeyFacts) {
 
 /// The first contender of the generation that `position` is of.
 fn first_of<'a>(
-    contenders: &'a BTreeMap<Position, Arc<Mailbox>>,
+    contenders: &'a Contenders,
     position: &Position,
-) -> Option<(&'a Position, &'a Arc<Mailbox>)> {
-    contenders.range(position.front()..).next().filter(|(first, _)| first.generation == position.generation)
+) -> Option<(&'a Arc<Position>, &'a Arc<Mailbox>)> {
+    contenders
+        .range::<Position, _>(position.front()..)
+        .next()
+        .filter(|(first, _)| first.generation == position.generation)
 }
 
 impl Standing {
@@ -391,6 +398,7 @@ impl Standing {
 
 impl Membership {
     fn join(line: Arc<Line>, position: Position) -> Self {
+        let position = Arc::new(position);
         let mailbox = Arc::new(Mailbox::default());
         line.contenders().insert(position.clone(), mailbox.clone());
         Self { line, position, mailbox }

@@ -284,15 +284,20 @@ impl OwnedKey {
         &self.facts
     }
 
-    /// Deletes the key, with `reads` in the same transaction after it. Ends when etcd has answered, or the lease is
+    /// Deletes the key, with `reads` in the same transaction after it. Ends when etcd has deleted it, or the lease is
     /// over.
     ///
     /// # Cancel safety
     ///
     /// When dropped, the deletion goes on in the background.
-    pub(crate) async fn delete(mut self, reads: Vec<TxnOp>) -> Deleted {
+    pub(crate) async fn delete(self, reads: Vec<TxnOp>) -> Deleted {
+        self.delete_or_tell(reads, drop).await
+    }
+
+    /// The same; `refused` hears why, whenever etcd will not.
+    pub(crate) async fn delete_or_tell(mut self, reads: Vec<TxnOp>, refused: impl FnMut(Error)) -> Deleted {
         let facts = self.facts.clone();
-        let deleted = facts.delete(reads).await;
+        let deleted = facts.delete(reads, refused).await;
         self.released = true;
         deleted
     }
@@ -303,7 +308,7 @@ impl Drop for OwnedKey {
         if !self.released {
             let facts = self.facts.clone();
             self.facts.core.runtime.spawn(async move {
-                facts.delete(Vec::new()).await;
+                facts.delete(Vec::new(), drop).await;
             });
         }
     }
@@ -340,8 +345,8 @@ impl Owned {
         Compare::create_revision(self.key.clone(), CompareOp::Equal, self.create_revision)
     }
 
-    async fn delete(&self, reads: Vec<TxnOp>) -> Deleted {
-        let deleted = self.delete_for_sure(reads).await;
+    async fn delete(&self, reads: Vec<TxnOp>, refused: impl FnMut(Error)) -> Deleted {
+        let deleted = self.delete_for_sure(reads, refused).await;
         let nonce = self.nonce.lock().unwrap_or_else(PoisonError::into_inner).take();
         nonce.into_iter().for_each(Nonce::give_back);
         // Whoever waits for the end of the hold need not wait for that of the lease.
@@ -349,7 +354,7 @@ impl Owned {
         deleted
     }
 
-    async fn delete_for_sure(&self, reads: Vec<TxnOp>) -> Deleted {
+    async fn delete_for_sure(&self, reads: Vec<TxnOp>, mut refused: impl FnMut(Error)) -> Deleted {
         if !self.generation.is_alive() {
             return Deleted::Lost;
         }
@@ -375,6 +380,7 @@ impl Owned {
                 }
                 Err(Failure::Refused(error)) => {
                     tracing::warn!(key = %name::display(&self.key), %error, "cannot delete; trying again");
+                    refused(error);
                     backoff.wait(&self.core.runtime).await;
                 }
                 Err(failure) => {

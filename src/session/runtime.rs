@@ -52,6 +52,17 @@ impl Runtime {
         }
     }
 
+    /// Another, with tasks of its own and the same clock. Its randomness follows from that of this one.
+    pub(crate) fn beside(&self) -> Self {
+        Self {
+            handle: self.handle.clone(),
+            tasks: TaskTracker::new(),
+            random: Mutex::new(fastrand::Rng::with_seed(self.random())),
+            #[cfg(feature = "embedded")]
+            began: self.began,
+        }
+    }
+
     /// The same, with tokio's clock for the deadlines of leases as well, and a seed for its randomness.
     #[cfg(feature = "embedded")]
     pub(crate) fn virtual_time(seed: Option<u64>) -> Self {

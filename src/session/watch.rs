@@ -15,7 +15,10 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use etcd_client::proto::PbEvent;
-use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
+use futures::StreamExt as _;
+// Empty ones take a tenth of the space of tokio's, and a session may have thousands.
+use futures::channel::mpsc::{Receiver, Sender, channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -107,7 +110,7 @@ pub(crate) enum News {
 }
 
 /// Many watches on one stream.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Hub {
     shared: Arc<Shared>,
 }
@@ -131,7 +134,7 @@ struct Table {
     last_subscriber: u64,
     watches: BTreeMap<i64, Watch>,
     /// The watches that others may join.
-    by_range: HashMap<Range, i64>,
+    by_range: HashMap<Arc<Range>, i64>,
     /// The watches without subscribers, which may have been joined again since.
     lingering: Vec<i64>,
 }
@@ -147,7 +150,7 @@ enum Request {
 /// One watch at the server.
 #[derive(Debug)]
 struct Watch {
-    range: Range,
+    range: Arc<Range>,
     /// Everything up to here was told, or lies before the watch; `None` until a watch from "now" was created.
     told: Option<i64>,
     subscribers: Vec<(u64, Sender<Message>)>,
@@ -196,8 +199,9 @@ impl Hub {
         let id = match table.by_range.get(range) {
             Some(id) => *id,
             None => {
-                let id = self.shared.add(&mut table, range, None, None);
-                table.by_range.insert(range.clone(), id);
+                let range = Arc::new(range.clone());
+                let id = self.shared.add(&mut table, range.clone(), None, None);
+                table.by_range.insert(range, id);
                 id
             }
         };
@@ -207,14 +211,14 @@ impl Hub {
     /// Watches a range from `revision` on. Changes that are past already may come up to 100 ms late.
     pub(crate) fn watch_from(&self, range: &Range, revision: i64) -> Subscription {
         let mut table = self.shared.table();
-        let id = self.shared.add(&mut table, range, Some(revision - 1), None);
+        let id = self.shared.add(&mut table, Arc::new(range.clone()), Some(revision - 1), None);
         self.shared.subscribe(&mut table, id)
     }
 
     /// Watches what comes after `revision`, at which the range was read.
     pub(crate) fn follow(&self, range: &Range, revision: i64, freshness: Freshness) -> Subscription {
         let mut table = self.shared.table();
-        let id = self.shared.add(&mut table, range, Some(revision), Some(freshness));
+        let id = self.shared.add(&mut table, Arc::new(range.clone()), Some(revision), Some(freshness));
         self.shared.subscribe(&mut table, id)
     }
 
@@ -237,7 +241,7 @@ impl Shared {
     fn add(
         self: &Arc<Self>,
         table: &mut Table,
-        range: &Range,
+        range: Arc<Range>,
         told: Option<i64>,
         freshness: Option<Freshness>,
     ) -> i64 {
@@ -247,7 +251,7 @@ impl Shared {
         table.last_id += 1;
         let id = table.last_id;
         let watch = Watch {
-            range: range.clone(),
+            range,
             told,
             subscribers: Vec::new(),
             fragments: Vec::new(),
@@ -287,7 +291,7 @@ impl Table {
     fn end(&mut self, id: i64, message: &Message) {
         let Some(watch) = self.remove(id) else { return };
         watch.freshness.iter().for_each(Freshness::lost);
-        for (_, subscriber) in watch.subscribers {
+        for (_, mut subscriber) in watch.subscribers {
             // A full queue ends with a gap as well.
             let _ = subscriber.try_send(message.clone());
         }
@@ -308,7 +312,7 @@ impl Subscription {
             if let Some(revision) = self.covered {
                 return Ok(Some(revision));
             }
-            match self.messages.recv().await {
+            match self.messages.next().await {
                 Some(Message::Created(revision)) => self.covered = Some(revision),
                 Some(Message::Events(_)) => {}
                 Some(Message::Gap) | None => return Ok(None),
@@ -320,7 +324,7 @@ impl Subscription {
     /// Waits for the next changes.
     pub(crate) async fn next(&mut self) -> Result<News> {
         loop {
-            match self.messages.recv().await {
+            match self.messages.next().await {
                 Some(Message::Events(events)) => return Ok(News::Events(events)),
                 Some(Message::Created(revision)) => self.covered = Some(revision),
                 Some(Message::Gap) | None => return Ok(News::Gap),
@@ -359,7 +363,7 @@ impl Drop for Subscription {
 impl Watch {
     /// A subscriber that is too slow is dropped: it finds a gap at the end of its queue.
     fn tell(&mut self, message: &Message) {
-        self.subscribers.retain(|(_, subscriber)| subscriber.try_send(message.clone()).is_ok());
+        self.subscribers.retain_mut(|(_, subscriber)| subscriber.try_send(message.clone()).is_ok());
     }
 
     /// Tells the events collected, which are whole revisions, once each.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use etcd_recipes::etcd_client::{Client, Txn, TxnOp};
-use etcd_recipes::{Election, Error, Mutex, Result, Session, SessionBuilder};
+use etcd_recipes::{Election, Error, Mutex, Result, Session, SessionBuilder, SessionState};
 use futures::StreamExt as _;
 
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
@@ -210,6 +210,79 @@ async fn a_session_survives_the_switching_on_of_authentication_if_it_has_a_passw
         assert!(waits(Duration::from_secs(4), &mut lost).await, "the keepalives go on");
         guard.unlock().await.unwrap();
         owns(scope, &session);
+        session.close().await.unwrap();
+        guarded.off().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_notices_that_tokens_expire_and_permissions_change_all_the_time() {
+    /// How often permissions change; each time every token is of an old revision.
+    const CHANGES: usize = 40;
+    let guarded = Guarded::with(Options::fast().arg("--auth-token-ttl=1")).await;
+    scoped_on(&guarded.server, async |scope| {
+        guarded.user("alice", "pw", &[&scope.key(""), BOOKKEEPING]).await;
+        guarded.user("bob", "pw", &[]).await;
+        guarded.on().await;
+        let one = connect(scope, builder(scope).user("alice", "pw")).await;
+        let sessions =
+            [one.beside().await.unwrap(), one, connect(scope, builder(scope).user("alice", "pw")).await];
+        owns(scope, &sessions[0]);
+        let working = sessions.iter().map(|session| {
+            let mutex = Mutex::new(session, scope.key("lock")).unwrap();
+            tokio::spawn(async move {
+                loop {
+                    mutex.lock().await?.unlock().await?;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            })
+        });
+        let working: Vec<tokio::task::JoinHandle<Result<()>>> = working.collect();
+        for change in 0..CHANGES {
+            let what = if change % 2 == 0 { "grant-permission" } else { "revoke-permission" };
+            let kind: &[&str] = if change % 2 == 0 { &["bob", "read", "other"] } else { &["bob", "other"] };
+            guarded.ctl(&[&["role", what], kind].concat()).await;
+        }
+        for (session, work) in sessions.iter().zip(&working) {
+            let state = session.state();
+            let first = matches!(
+                state,
+                SessionState::Connected { generation: 1 } | SessionState::Suspended { generation: 1 }
+            );
+            assert!(first, "{state:?}");
+            assert!(!work.is_finished(), "an error came to the user");
+            work.abort();
+        }
+        for work in working {
+            let _ = work.await;
+        }
+        for session in sessions {
+            session.close().await.unwrap();
+        }
+        guarded.off().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_may_not_release_any_more_is_told_and_the_release_goes_on() {
+    let guarded = Guarded::start().await;
+    scoped_on(&guarded.server, async |scope| {
+        guarded.user("alice", "pw", &[scope.name(), BOOKKEEPING]).await;
+        guarded.on().await;
+        let long = Session::builder([scope.endpoint()]).ttl(Duration::from_secs(60)).user("alice", "pw");
+        let session = connect(scope, long).await;
+        let guard = Mutex::new(&session, scope.name()).unwrap().lock().await.unwrap();
+        guarded.ctl(&["role", "revoke-permission", "--prefix=true", "alice", scope.name()]).await;
+        let told = tokio::time::timeout(Duration::from_secs(10), guard.unlock()).await;
+        denied(told.expect("it waits for the end of the lease"), scope.name());
+        let there = || async { guarded.ctl(&["get", "--prefix", "--keys-only", scope.name()]).await };
+        assert!(there().await.contains(scope.name()));
+
+        // As soon as it may again, and long before the lease is over.
+        guarded.ctl(&["role", "grant-permission", "--prefix=true", "alice", "readwrite", scope.name()]).await;
+        eventually(PATIENCE / 2, "the release goes on", async || !there().await.contains(scope.name())).await;
         session.close().await.unwrap();
         guarded.off().await;
     })

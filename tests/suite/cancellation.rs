@@ -27,6 +27,7 @@ table! {
     "Session::with_client": sessions::dropped_with_client_leaves_no_lease;
     "SessionBuilder::connect": sessions::dropped_builder_leaves_no_lease,
         sessions::dropped_builder_with_a_thread_leaves_no_lease;
+    "Session::beside": sessions::dropped_beside_leaves_no_lease;
     "Session::close": sessions::dropped_close_closes;
 
     "Mutex::lock": locks::dropped_lock_of_a_free_name,

@@ -24,7 +24,8 @@ struct Other<'a> {
 
 impl<'a> Other<'a> {
     async fn new(scope: &'a Scope) -> Self {
-        let lease = scope.client().lease_grant(60, None).await.unwrap().id();
+        // Nobody renews it, and many rounds take their time.
+        let lease = scope.client().lease_grant(3600, None).await.unwrap().id();
         scope.owns_lease(lease);
         Self { scope, lease }
     }

@@ -2,6 +2,7 @@
 //! reappears.
 
 mod ambiguous;
+mod committed;
 mod copies;
 mod fenced;
 mod grant;

@@ -8,6 +8,8 @@ mod support;
 
 mod auth;
 mod bad_input;
+mod beside;
+mod burst;
 mod cancellation;
 mod election;
 mod election_loss;
@@ -16,6 +18,7 @@ mod examples;
 mod interop;
 mod interop_recreated;
 mod late;
+mod layering;
 mod line_gaps;
 mod loss;
 mod members;

@@ -23,9 +23,16 @@ struct Log(Arc<StdMutex<Vec<u8>>>);
 
 impl Log {
     /// Collects what this thread logs from now on, of every crate and at every level.
-    fn begin(&self) -> tracing::subscriber::DefaultGuard {
-        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false);
-        tracing::subscriber::set_default(subscriber.with_writer(self.clone()).finish())
+    ///
+    /// Of a single subscriber in the process, tracing asks whichever thread comes first to a place in the code whether
+    /// anybody listens there, and that may be one of another test: so there are two.
+    fn begin(&self) -> (tracing::subscriber::DefaultGuard, tracing::Dispatch) {
+        let subscriber = || {
+            let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false);
+            tracing::Dispatch::new(subscriber.with_writer(self.clone()).finish())
+        };
+        let second = subscriber();
+        (tracing::dispatcher::set_default(&subscriber()), second)
     }
 
     fn text(&self) -> String {

@@ -74,6 +74,7 @@ fn every_future_of_a_session_is_send() {
         sendable::<Result<Session>>(Session::connect(["a"]));
         sendable::<Result<Session>>(Session::with_client(make::<Client>()));
         sendable::<Result<Session>>(make::<SessionBuilder>().connect());
+        sendable::<Result<Session>>(make::<Session>().beside());
         sendable::<Result<()>>(make::<Session>().close());
     };
 }

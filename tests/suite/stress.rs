@@ -85,7 +85,8 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
         sessions.push(session);
     }
     let what = format!("seed {seed}: the line is empty");
-    eventually(PATIENCE / 4, &what, async || line(&mut scope.client(), &name).await.is_empty()).await;
+    // The sessions live on, and with them whatever is stuck.
+    eventually(PATIENCE, &what, async || line(&mut scope.client(), &name).await.is_empty()).await;
     for session in &sessions {
         let mutex = etcd_recipes::Mutex::new(session, &name).unwrap();
         let guard = tokio::time::timeout(PATIENCE / 4, mutex.lock()).await.expect("stuck").unwrap();

@@ -82,7 +82,7 @@ impl Drop for Watched {
 
 impl Task {
     pub(super) fn new(core: Arc<Core>, inbox: UnboundedReceiver<Command>) -> Self {
-        let commands = core.kept.commands.clone();
+        let commands = core.kept().commands.clone();
         Self {
             core,
             inbox,
@@ -100,18 +100,21 @@ impl Task {
 
     pub(super) async fn run(mut self) {
         let closing = self.core.closing.clone();
-        let mut current = self.core.current.clone();
-        current.mark_changed();
+        let mut state = self.core.state.clone();
+        state.mark_changed();
         loop {
             tokio::select! {
                 biased;
                 () = closing.cancelled() => return,
-                changed = current.changed() => {
+                // Whatever changes the generation tells a new state after it.
+                changed = state.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    let generation = current.borrow_and_update().clone();
-                    self.enter(generation);
+                    let generation = self.core.current.living();
+                    if generation.as_ref().map(|new| new.number) != self.generation.as_ref().map(|old| old.number) {
+                        self.enter(generation);
+                    }
                 }
                 Some(flight) = self.flights.next() => self.land(flight),
                 Some(heard) = self.heard.next() => {

@@ -113,7 +113,7 @@ impl Place {
         self.facts.clone()
     }
 
-    /// Leaves the line. An error if the place was lost before.
+    /// Leaves the line. An error if the place was lost before, or etcd refuses; then it goes on trying.
     ///
     /// # Cancel safety
     ///
@@ -124,8 +124,9 @@ impl Place {
         let core = self.session.core();
         core.runtime.spawn(held.leave(core.clone(), Some(answer)));
         match answered.await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(self.facts.error()),
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(self.facts.error()),
+            Ok(Err(refused)) => Err(refused),
             Err(_) => Err(Error::Closed),
         }
     }
@@ -142,8 +143,8 @@ impl Drop for Place {
 
 impl Held {
     /// Deletes the key and hands over to the next contender of this session. Tells whether the place was held until
-    /// then.
-    async fn leave(self, core: Arc<Core>, answer: Option<oneshot::Sender<bool>>) {
+    /// then, or at once when etcd refuses.
+    async fn leave(self, core: Arc<Core>, mut answer: Option<oneshot::Sender<Result<bool>>>) {
         let line = &self.membership.line;
         let next = line.behind(&self.membership.position);
         let mut reads = Vec::new();
@@ -157,7 +158,12 @@ impl Held {
         }
         let held = self.key.facts().is_held();
         self.leaving.store(true, Ordering::Relaxed);
-        let deleted = self.key.delete(reads).await;
+        let refused = |error| {
+            if let Some(answer) = answer.take() {
+                let _ = answer.send(Err(error));
+            }
+        };
+        let deleted = self.key.delete_or_tell(reads, refused).await;
         let mut standing = None;
         if let Deleted::Now(responses, revision) = &deleted {
             standing =
@@ -170,7 +176,7 @@ impl Held {
         line.leave(&self.membership.position, standing);
         self.monitor.abort();
         if let Some(answer) = answer {
-            let _ = answer.send(held && !matches!(deleted, Deleted::Lost));
+            let _ = answer.send(Ok(held && !matches!(deleted, Deleted::Lost)));
         }
     }
 }

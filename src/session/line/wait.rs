@@ -1,7 +1,8 @@
 //! The way of a contender to the front of its line.
 
-use std::future::Future;
 use std::sync::{Arc, PoisonError};
+
+use etcd_client::GetOptions;
 
 use super::{Line, Membership, Standing};
 use crate::error::Result;
@@ -33,8 +34,17 @@ enum Wake {
 }
 
 impl Waiter<'_> {
-    /// Waits until the own key is the first of the line; gives the token.
-    pub(super) async fn wait(&mut self, mut known: Option<Standing>) -> Result<i64> {
+    /// Waits until the own key is the first of the line, or the lease is over; gives the token.
+    pub(super) async fn wait(&mut self, known: Option<Standing>) -> Result<i64> {
+        let (generation, facts) = (self.generation, self.facts);
+        tokio::select! {
+            biased;
+            () = generation.ended() => Err(facts.error()),
+            token = self.advance(known) => token,
+        }
+    }
+
+    async fn advance(&mut self, mut known: Option<Standing>) -> Result<i64> {
         loop {
             if known.as_ref().is_some_and(Standing::is_first) {
                 return Ok(known.map_or(0, |standing| standing.revision));
@@ -46,7 +56,7 @@ impl Waiter<'_> {
                 self.watch = None;
                 // A waiter that only waits should be small.
                 drop(known.take());
-                Wake::Look(self.mail().await?)
+                Wake::Look(self.mail().await)
             };
             known = match wake {
                 Wake::First(token) => return Ok(token),
@@ -90,9 +100,8 @@ impl Waiter<'_> {
         loop {
             let news = tokio::select! {
                 biased;
-                () = self.generation.ended() => return Err(self.facts.error()),
                 news = watch.next() => news?,
-                told = self.mail() => match told? {
+                told = self.mail() => match told {
                     // Older than what was heard already: going back would wait for deletions that came before.
                     Some(told) if told.revision <= heard => continue,
                     told => {
@@ -122,25 +131,29 @@ impl Waiter<'_> {
     }
 
     /// Watches one key some places ahead.
-    async fn watch_from_afar(&mut self, mut standing: Standing) -> Result<Wake> {
+    async fn watch_from_afar(&mut self, standing: Standing) -> Result<Wake> {
         let Some(target) = standing.ahead.last().cloned() else { return Ok(Wake::Look(None)) };
         let mut watch = self.core.deletions.watch(&Range::key(&target));
-        let Some(covered) = self.alive(watch.covered()).await?? else { return Ok(Wake::Look(None)) };
-        if covered > standing.revision {
-            standing = self.look().await?;
-            if !standing.ahead.contains(&target) {
-                return Ok(Wake::Look(Some(standing)));
+        let Some(covered) = watch.covered().await? else { return Ok(Wake::Look(None)) };
+        let mut base = standing.revision;
+        if covered > base {
+            // One key costs etcd the same however long the line is, and all who begin to wait ask at once.
+            let options = GetOptions::new().with_keys_only();
+            let read = Box::pin(self.core.rpc.get(&target, options, None)).await?;
+            if read.kvs().first().is_none_or(|target| target.create_revision() > base) {
+                return Ok(Wake::Near);
             }
+            base = revision(read.header());
         }
+        drop(standing);
         loop {
             let news = tokio::select! {
                 biased;
-                () = self.generation.ended() => return Err(self.facts.error()),
                 news = watch.next() => news?,
-                standing = self.mail() => return Ok(Wake::Look(standing?)),
+                standing = self.mail() => return Ok(Wake::Look(standing)),
             };
             let News::Events(events) = news else { return Ok(Wake::Look(None)) };
-            if events.iter().any(|event| event.revision > standing.revision) {
+            if events.iter().any(|event| event.revision > base) {
                 return Ok(Wake::Near);
             }
         }
@@ -149,7 +162,7 @@ impl Waiter<'_> {
     /// Takes a share of the line's watch, and tells above which revision it tells everything.
     async fn line_watch(&mut self) -> Result<Option<i64>> {
         let mut watch = self.watch.take().unwrap_or_else(|| self.core.deletions.watch(&self.line.range));
-        let covered = self.alive(watch.covered()).await??;
+        let covered = watch.covered().await?;
         self.watch = covered.is_some().then_some(watch);
         Ok(covered)
     }
@@ -158,25 +171,16 @@ impl Waiter<'_> {
     async fn look(&self) -> Result<Standing> {
         let (prefix, me) = (self.line.prefix.as_bytes(), &self.membership.position);
         let read = Box::pin(self.core.rpc.get(prefix, self.line.standing_options(Some(me.created)), None));
-        let response = self.alive(read).await??;
+        let response = read.await?;
         let keys = response.kvs().iter().map(KeyFacts::from);
         Standing::read(keys, response.more(), me, revision(response.header()))
             .ok_or_else(|| self.facts.error())
     }
 
     /// Waits for word from the contender of this session that was ahead.
-    async fn mail(&self) -> Result<Option<Standing>> {
+    async fn mail(&self) -> Option<Standing> {
         let mailbox = &self.membership.mailbox;
-        self.alive(mailbox.arrived.notified()).await?;
-        Ok(mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner).take())
-    }
-
-    /// Runs `work` while the lease lives.
-    async fn alive<T>(&self, work: impl Future<Output = T>) -> Result<T> {
-        tokio::select! {
-            biased;
-            () = self.generation.ended() => Err(self.facts.error()),
-            done = work => Ok(done),
-        }
+        mailbox.arrived.notified().await;
+        mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }

@@ -105,6 +105,20 @@ pub(super) async fn dropped_builder_with_a_thread_leaves_no_lease() {
     .await;
 }
 
+/// The session beside which it was to be is there before and after.
+pub(super) async fn dropped_beside_leaves_no_lease() {
+    every_cut(async |scope, cut| {
+        let first = Session::connect([scope.endpoint()]).await.unwrap();
+        let beside = cut.of(first.beside()).await;
+        let only = async || scope.client().leases().await.unwrap().leases().len() == 1;
+        let complete = close(scope, beside).await;
+        eventually(PATIENCE, &format!("{cut:?}: one lease is left"), only).await;
+        close(scope, Some(Ok(first))).await?;
+        complete
+    })
+    .await;
+}
+
 /// A close that is dropped goes on; one that was never polled was not asked for.
 pub(super) async fn dropped_close_closes() {
     every_cut(async |scope, cut| {

@@ -1,7 +1,9 @@
 //! Giving up while etcd is out of space and takes nothing but deletions.
 
+use std::time::Duration;
+
 use etcd_client::{Client, CompactionOptions, DeleteOptions};
-use etcd_recipes::Error;
+use etcd_recipes::{Election, Error, Mutex, Session, SessionState};
 use tokio::time::timeout;
 
 use super::{PATIENCE, Rig, arrive, assert_holds};
@@ -9,6 +11,7 @@ use crate::support::check::{eventually, scoped_on};
 use crate::support::faults::{Fault, Until};
 use crate::support::line::text;
 use crate::support::server::{Options, Server};
+use crate::support::sessions::connect;
 
 /// Writes until etcd refuses.
 async fn fill(client: &mut Client) {
@@ -85,6 +88,46 @@ async fn refused_lock_takes_nothing_later() {
         assert!(rig.line().await.is_empty(), "{:?}", rig.line().await);
         rig.pass().await;
         rig.close().await;
+    })
+    .await;
+}
+
+/// What needs no space goes on without it, and the rest as soon as there is some again.
+#[tokio::test]
+async fn holds_outlive_the_space_and_are_released_without_it() {
+    let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
+    scoped_on(&server, async |scope| {
+        let session = connect(scope, Session::builder([scope.endpoint()]).ttl(Duration::from_secs(3))).await;
+        let mutex = |name| Mutex::new(&session, scope.key(name)).unwrap();
+        let [guard, contended] =
+            [mutex("lock").lock().await.unwrap(), mutex("contended").lock().await.unwrap()];
+        let waiter = tokio::spawn({
+            let mutex = mutex("contended");
+            async move { mutex.lock().await.unwrap() }
+        });
+        eventually(PATIENCE, "it waits", async || scope.keys().await.len() == 3).await;
+        let leadership = Election::new(&session, scope.key("election")).unwrap().campaign("v").await.unwrap();
+        fill(&mut scope.client()).await;
+
+        let refused = timeout(PATIENCE, mutex("new").lock()).await.expect("stuck");
+        assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+        assert!(matches!(leadership.proclaim("w").await, Err(Error::NoSpace { .. })));
+        // Longer than the lease lives without keepalives.
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert!(guard.is_held() && contended.is_held() && leadership.is_held());
+        assert_eq!(session.state(), SessionState::Connected { generation: 1 });
+        timeout(PATIENCE, contended.unlock()).await.expect("stuck").unwrap();
+        let next = timeout(PATIENCE, waiter).await.expect("not handed over").unwrap();
+        for guard in [guard, next] {
+            timeout(PATIENCE, guard.unlock()).await.expect("stuck").unwrap();
+        }
+        timeout(PATIENCE, leadership.resign()).await.expect("stuck").unwrap();
+        assert!(scope.keys().await.is_empty());
+
+        make_space(&server).await;
+        let guard = timeout(PATIENCE, mutex("new").lock()).await.expect("stuck").unwrap();
+        guard.unlock().await.unwrap();
+        session.close().await.unwrap();
     })
     .await;
 }
