@@ -2,6 +2,7 @@
 
 mod guard;
 mod indexer;
+mod work_queue;
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::path::PathBuf;

@@ -8,6 +8,7 @@ mod fenced;
 mod grant;
 mod no_space;
 mod proclaim;
+mod queues;
 
 use std::time::Duration;
 

@@ -5,6 +5,7 @@ mod claims;
 mod dead;
 mod interop;
 mod items;
+mod processes;
 mod typed;
 
 use std::time::Duration;

@@ -14,7 +14,7 @@ use crate::support::server::{Options, Server};
 use crate::support::sessions::connect;
 
 /// Writes until etcd refuses.
-async fn fill(client: &mut Client) {
+pub(super) async fn fill(client: &mut Client) {
     for number in 0..1000 {
         match client.put(format!("fill/{number}"), vec![b'x'; 1024 * 1024], None).await {
             Ok(_) => {}
@@ -26,7 +26,7 @@ async fn fill(client: &mut Client) {
 }
 
 /// Makes space again, as an operator does.
-async fn make_space(server: &Server) {
+pub(super) async fn make_space(server: &Server) {
     let mut client = server.client().await;
     client.delete("fill/", Some(DeleteOptions::new().with_prefix())).await.unwrap();
     let revision = client.get("fill/", None).await.unwrap().header().unwrap().revision();

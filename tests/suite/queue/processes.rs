@@ -1,0 +1,295 @@
+//! Consumers that are processes, and are stopped and killed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use etcd_client::{GetOptions, Txn, TxnOp};
+use etcd_recipes::{Queue, Session};
+
+use super::{claim, text};
+use crate::support::check::{Scope, eventually, scoped, scoped_on};
+use crate::support::child::{Child, Role, role};
+use crate::support::faults::{Fault, Faults};
+use crate::support::full;
+use crate::support::server::{PATIENCE, Server};
+use crate::support::sessions::session;
+
+const TTL: Duration = Duration::from_secs(2);
+/// How long after the death of a consumer, or etcd's start, its items are delivered again.
+const REDELIVERY: Duration = Duration::from_millis(3500);
+/// What a machine under load may add.
+const LOAD: Duration = Duration::from_secs(4);
+const CONSUMERS: usize = 8;
+const PRODUCERS: usize = 8;
+/// Of a thousand answers, so many are lost.
+const LOST: u32 = 20;
+
+fn start(scope: &Scope, task: &str) -> Child {
+    let variables = [("ENDPOINT", scope.endpoint()), ("NAME", scope.name()), ("TASK", task)];
+    Child::spawn("queue::processes::body", &variables)
+}
+
+#[test]
+#[ignore = "run by other tests, in a process of its own"]
+fn body() {
+    let Some(role) = role() else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        match role.variable("TASK").as_str() {
+            "hold" => hold(role).await,
+            "die" => die(role).await,
+            _ => work(role).await,
+        }
+    });
+}
+
+/// A session that loses some of the answers to its transactions.
+async fn unreliable(endpoint: &str) -> (Faults, Session) {
+    let faults = Faults::new(endpoint);
+    let random = std::sync::Mutex::new(fastrand::Rng::new());
+    let arm = faults.on("Txn").when(move |_| random.lock().unwrap().u32(0..1000) < LOST);
+    arm.always().inject(Fault::LoseAnswer);
+    let session = Session::builder_with_client(faults.client().await).ttl(TTL).connect_timeout(PATIENCE);
+    (faults, session.connect().await.expect("no session"))
+}
+
+fn done_key(name: &str, item: &str) -> String {
+    format!("done/{name}/{item}")
+}
+
+/// Works until it is killed, or told to end.
+async fn work(mut role: Role) {
+    let name = role.variable("NAME");
+    let (_faults, session) = unreliable(&role.variable("ENDPOINT")).await;
+    let queue = Queue::new(&session, &name).unwrap();
+    loop {
+        let mut claim = tokio::select! {
+            claim = queue.claim() => claim.unwrap(),
+            _ = role.hear() => break,
+        };
+        let item = text(claim.value()).to_owned();
+        role.say(format!("claimed {item}"));
+        let write = Txn::new().and_then([TxnOp::put(done_key(&name, &item), "", None)]);
+        // With the user's own write, or without.
+        let acked = if item.ends_with('0') {
+            claim.ack().await
+        } else {
+            claim.ack_with(write).await.map(|answer| assert!(answer.succeeded()))
+        };
+        if acked.is_ok() {
+            role.say(format!("acked {item}"));
+        }
+    }
+    drop(queue);
+    session.close().await.unwrap();
+}
+
+/// Claims an item, and acks it when it is told.
+async fn hold(mut role: Role) {
+    let session = Session::builder([role.variable("ENDPOINT")]).ttl(TTL).connect().await.unwrap();
+    let queue = Queue::new(&session, role.variable("NAME")).unwrap();
+    let claimed = claim(&queue).await;
+    role.say("claimed");
+    role.hear().await;
+    let held = claimed.is_held();
+    let acked = claimed.ack().await;
+    role.say(format!("{held} {}", acked.is_ok()));
+    session.close().await.unwrap();
+}
+
+/// Has a handler that ends the process.
+async fn die(role: Role) {
+    let session = Session::builder([role.variable("ENDPOINT")]).ttl(TTL).connect().await.unwrap();
+    let queue = Queue::builder(&session, role.variable("NAME")).max_attempts(3).build().unwrap();
+    loop {
+        let claimed = claim(&queue).await;
+        role.say(format!("{} {}", text(claimed.value()), claimed.attempt()));
+        if claimed.value() == b"poison" {
+            std::process::abort();
+        }
+        claimed.ack().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_consumer_that_was_stopped_past_its_lease_cannot_ack() {
+    scoped(async |scope| {
+        let session = session(scope).await;
+        let queue = Queue::new(&session, scope.name()).unwrap();
+        queue.enqueue("work").await.unwrap();
+        let mut stopped = start(scope, "hold");
+        stopped.expect("claimed").await;
+        stopped.pause();
+        let again = claim(&queue).await;
+        assert_eq!(again.attempt(), 2);
+        stopped.resume();
+        stopped.tell("ack");
+        stopped.expect("false false").await;
+        assert_eq!(queue.length().await.unwrap(), 1);
+        again.ack().await.unwrap();
+        stopped.wait().await;
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_item_that_kills_its_consumers_is_delivered_exactly_as_often_as_it_may_be() {
+    scoped(async |scope| {
+        let session = session(scope).await;
+        let queue = Queue::new(&session, scope.name()).unwrap();
+        queue.enqueue_all(["poison", "fine"]).await.unwrap();
+        for attempt in 1..=3 {
+            let mut consumer = start(scope, "die");
+            let mut line = consumer.line().await;
+            // While the claim of the dead one lasts, the next item comes.
+            if line.starts_with("fine") {
+                line = consumer.line().await;
+            }
+            assert_eq!(line, format!("poison {attempt}"));
+            consumer.wait().await;
+        }
+        let consumer = start(scope, "die");
+        eventually(PATIENCE, "it is given up", async || queue.dead_letters().await.unwrap().len() == 1).await;
+        let letter = queue.dead_letters().await.unwrap().remove(0);
+        assert_eq!((letter.value.as_slice(), letter.attempts), (&b"poison"[..], 3));
+        consumer.kill();
+        queue.purge(&letter).await.unwrap();
+        assert_eq!(queue.length().await.unwrap(), 0);
+        session.close().await.unwrap();
+        eventually(PATIENCE, "the dead leave nothing", async || super::books(scope).await.is_empty()).await;
+    })
+    .await;
+}
+
+/// What the consumers said.
+#[derive(Default)]
+struct Story {
+    put: Vec<String>,
+    acked: HashMap<String, usize>,
+    /// The items that a dead consumer had claimed, and since when they are to be delivered again.
+    orphans: HashMap<String, Instant>,
+    slowest: Duration,
+    etcd_started: Option<Instant>,
+}
+
+struct Worker {
+    child: Child,
+    claimed: Option<String>,
+}
+
+impl Story {
+    fn hear(&mut self, worker: &mut Worker) {
+        for line in worker.child.said() {
+            let (what, item) = line.split_once(' ').expect("two words");
+            match what {
+                "claimed" => {
+                    worker.claimed = Some(item.to_owned());
+                    if let Some(since) = self.orphans.remove(item) {
+                        let since = self.etcd_started.map_or(since, |started| started.max(since));
+                        self.slowest = self.slowest.max(since.elapsed());
+                    }
+                }
+                _ => {
+                    worker.claimed = None;
+                    *self.acked.entry(item.to_owned()).or_default() += 1;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_lost_or_acked_twice_whatever_happens() {
+    let items = if full() { 100_000 } else { 3_000 };
+    let server = Server::fast().await;
+    scoped_on(&server, async |scope| {
+        let mut producers = tokio::task::JoinSet::new();
+        for producer in 0..PRODUCERS {
+            let (endpoint, name) = (scope.endpoint().to_owned(), scope.name().to_owned());
+            producers.spawn(async move {
+                let (_faults, session) = unreliable(&endpoint).await;
+                let queue = Queue::new(&session, name).unwrap();
+                let mut put = Vec::new();
+                for item in (0..items / PRODUCERS).map(|n| format!("{producer}-{n}")) {
+                    // Unknown is unknown: such an item may be there or not.
+                    if queue.enqueue(item.as_str()).await.is_ok() {
+                        put.push(item);
+                    }
+                }
+                drop(queue);
+                session.close().await.unwrap();
+                put
+            });
+        }
+        let mut story = Story::default();
+        let worker = || Worker { child: start(scope, "work"), claimed: None };
+        let mut workers: Vec<Worker> = (0..CONSUMERS).map(|_| worker()).collect();
+        let (mut killed, mut restarts) = (Instant::now(), 0);
+        let limit =
+            Instant::now() + if full() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            workers.iter_mut().for_each(|worker| story.hear(worker));
+            while let Some(ended) = producers.try_join_next() {
+                story.put.extend(ended.unwrap());
+            }
+            if killed.elapsed() > Duration::from_secs(1) {
+                killed = Instant::now();
+                let at = fastrand::usize(..CONSUMERS);
+                let mut dead = std::mem::replace(&mut workers[at], worker());
+                story.hear(&mut dead);
+                story.orphans.extend(dead.claimed.take().map(|item| (item, Instant::now())));
+                dead.child.kill();
+            }
+            let part = story.acked.len() * 3 / items;
+            if part > restarts && restarts < 2 {
+                restarts += 1;
+                server.kill();
+                server.launch();
+                server.ready().await;
+                story.etcd_started = Some(Instant::now());
+            }
+            assert!(Instant::now() < limit, "{} of {items} acked", story.acked.len());
+            if producers.is_empty() && scope.keys().await.is_empty() {
+                break;
+            }
+        }
+        for mut worker in workers {
+            story.hear(&mut worker);
+            worker.child.tell("end");
+            worker.child.wait().await;
+        }
+        tell(scope, &story, items, restarts).await;
+    })
+    .await;
+}
+
+/// Checks the story against what is at etcd.
+async fn tell(scope: &Scope, story: &Story, items: usize, restarts: usize) {
+    let twice: Vec<_> = story.acked.iter().filter(|(_, times)| **times > 1).collect();
+    assert!(twice.is_empty(), "acked twice: {twice:?}");
+    let mut written = BTreeMap::new();
+    let prefix = done_key(scope.name(), "");
+    let options = GetOptions::new().with_prefix().with_keys_only();
+    for kv in scope.client().get(prefix.as_str(), Some(options)).await.unwrap().kvs() {
+        written.insert(text(kv.key())[prefix.len()..].to_owned(), kv.version());
+    }
+    let doubled: Vec<_> = written.iter().filter(|(_, version)| **version != 1).collect();
+    assert!(doubled.is_empty(), "written more than once: {doubled:?}");
+    // A consumer that was killed after a plain ack could not say so.
+    let done = |item: &&String| item.ends_with('0') || written.contains_key(*item);
+    let lost: Vec<_> = story.put.iter().filter(|item| !done(item)).collect();
+    eprintln!(
+        "{} of {items} put for sure, {} acked, {} written, {restarts} restarts, slowest redelivery {:?}",
+        story.put.len(),
+        story.acked.len(),
+        written.len(),
+        story.slowest
+    );
+    assert!(lost.is_empty(), "lost: {lost:?}");
+    assert!(story.put.len() > items * 9 / 10, "the producers put only {}", story.put.len());
+    assert!(story.slowest < REDELIVERY + LOAD, "redelivered after {:?}", story.slowest);
+    let options = etcd_client::DeleteOptions::new().with_prefix();
+    scope.client().delete(prefix, Some(options)).await.unwrap();
+}
