@@ -1,5 +1,5 @@
 //! Coordination for services on an [etcd](https://etcd.io) v3 cluster: one shared [`Session`], and on it a fair
-//! [`Mutex`] with fencing and leader [`Election`].
+//! [`Mutex`] with fencing, leader [`Election`] and a work [`Queue`].
 //!
 //! # Which one to take
 //!
@@ -7,16 +7,17 @@
 //! |---|---|---|
 //! | one process at a time in a critical section | [`Mutex`] | [`MutexGuard`] |
 //! | one process that leads until it stops or dies, and everybody to know who it is | [`Election`] | [`Leadership`] |
+//! | work that is done once by one of many processes, in order | [`Queue`] | [`Claim`], or [`Item`] |
 //! | to know who leads, without running | [`Election::observe`] | a stream of [`Observation`]s |
 //!
-//! Both stand on a [`Session`]: one lease at etcd, kept alive in the background. One session per process is right for
+//! All stand on a [`Session`]: one lease at etcd, kept alive in the background. One session per process is right for
 //! most; everything made from it is cheap.
 //!
 //! # A short tour
 //!
 //! ```no_run
 //! use etcd_recipes::etcd_client::{Txn, TxnOp};
-//! use etcd_recipes::{Mutex, Session};
+//! use etcd_recipes::{Mutex, Queue, Session};
 //!
 //! # async fn example() -> etcd_recipes::Result<()> {
 //! let session = Session::connect(["127.0.0.1:2379"]).await?;
@@ -30,6 +31,12 @@
 //! // Stop when the lock is lost.
 //! guard.run(async { /* … */ }).await?;
 //! guard.unlock().await?;
+//!
+//! let queue = Queue::new(&session, "mails")?;
+//! queue.enqueue("to anna").await?;
+//! // Delivered again, to somebody else, if this process dies before the ack.
+//! let claim = queue.claim().await?;
+//! claim.ack().await?;
 //!
 //! session.close().await?;
 //! # Ok(()) }

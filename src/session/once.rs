@@ -180,7 +180,7 @@ where
         let txn = Txn::new()
             .when([step.compare()])
             .and_then([TxnOp::txn((self.body)(&Record(&step))), step.get()])
-            .or_else([step.get()]);
+            .or_else([step.get(), step.put_aside()]);
         let response = self.core.rpc.txn(&self.key, txn).await?.0;
         let (now, record) = moved_to(&response, usize::from(response.succeeded));
         let moved = std::mem::replace(&mut slot.revision, now) != now;

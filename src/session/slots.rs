@@ -102,6 +102,13 @@ impl Step {
         TxnOp::put(self.key.clone(), record, Some(PutOptions::new().with_lease(self.lease)))
     }
 
+    /// A put beside the slot, for the branch of a transaction that is hardly ever taken. By the puts it sees, etcd decides
+    /// whether a transaction needs space, and it does not look into nested ones.
+    pub(crate) fn put_aside(&self) -> TxnOp {
+        let key = [self.key.as_slice(), b"/late"].concat();
+        TxnOp::put(key, "", Some(PutOptions::new().with_lease(self.lease)))
+    }
+
     pub(crate) fn get(&self) -> TxnOp {
         TxnOp::get(self.key.clone(), None)
     }
