@@ -118,6 +118,15 @@ pub enum Error {
         source: serde_json::Error,
     },
 
+    /// The value does not decode as the type it is read as. Correct the value, or the type.
+    #[error("the value of {key} cannot be decoded: {reason}")]
+    Undecodable {
+        /// The key, escaped and shortened.
+        key: String,
+        /// What is wrong, without anything of the value.
+        reason: String,
+    },
+
     /// The session was closed. Connect another.
     #[error("the session is closed")]
     Closed,

@@ -71,6 +71,7 @@ pub mod embedded;
 mod error;
 mod name;
 
+pub mod config;
 pub mod election;
 pub mod mutex;
 pub mod queue;
@@ -79,6 +80,10 @@ pub mod session;
 
 pub use etcd_client;
 
+pub use crate::config::{
+    BadValue, ConfigCache, ConfigChange, ConfigChanges, ConfigEntry, ConfigHandler, ConfigProblem,
+    ConfigSnapshot,
+};
 pub use crate::election::{DetachedLeadership, Election, Leader, Leadership, Observation, Observe};
 pub use crate::error::{Error, Result};
 pub use crate::mutex::{Mutex, MutexGuard};

@@ -37,7 +37,7 @@ impl Freshness {
     }
 
     /// Changes may be missed from now on.
-    pub(super) fn lost(&self) {
+    pub(crate) fn lost(&self) {
         let heard = self.stream.load(Ordering::Relaxed);
         let now = self.runtime.now().0;
         if self.facts.stale.compare_exchange(0, now, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
@@ -46,7 +46,6 @@ impl Freshness {
     }
 
     /// For how long it has been known to be stale; `None` while every change is being told.
-    #[allow(dead_code, reason = "for the config cache")]
     pub(crate) fn stale_for(&self) -> Option<Duration> {
         let since = self.facts.stale.load(Ordering::Acquire);
         (since != 0).then(|| Time(since).until(self.runtime.now()))
@@ -54,7 +53,6 @@ impl Freshness {
 
     /// How long ago the last proof was given: a list, a change, or any sign of life of the stream that would tell one.
     /// `None` before the first.
-    #[allow(dead_code, reason = "for the config cache")]
     pub(crate) fn age(&self) -> Option<Duration> {
         let own = self.facts.proved.load(Ordering::Relaxed);
         let fresh = self.facts.stale.load(Ordering::Acquire) == 0;

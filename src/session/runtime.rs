@@ -112,6 +112,14 @@ impl Runtime {
         self.tasks.spawn_on(Box::pin(work), &self.handle).abort_handle()
     }
 
+    /// Runs code that may block, on a thread for that. `None` if the runtime ends.
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        self.handle.spawn_blocking(work).await.ok()
+    }
+
     /// Waits until every task has ended. New ones may still be spawned.
     pub(crate) async fn idle(&self) {
         self.tasks.close();

@@ -6,30 +6,30 @@
 
 mod list;
 
+pub(crate) use self::list::unchanged;
+pub(crate) use super::freshness::Freshness;
+
 use std::borrow::Borrow;
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use super::Core;
-pub(crate) use super::freshness::Freshness;
 pub(crate) use super::watch::Entry;
 use super::watch::{Changed, Event, News, Range, Subscription};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::name::Prefix;
 
 /// Whether entries come with their values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Values {
     Keep,
-    #[allow(dead_code, reason = "for the queue")]
     Drop,
 }
 
 /// What became of one key. At least one side is there.
 #[derive(Debug, Clone)]
 pub(crate) struct Change {
-    #[allow(dead_code, reason = "for the config cache")]
     pub(crate) before: Option<Arc<Entry>>,
     pub(crate) after: Option<Arc<Entry>>,
 }
@@ -80,7 +80,6 @@ impl View {
         Ok(view)
     }
 
-    #[allow(dead_code, reason = "for the queue")]
     pub(crate) fn get(&self, key: &[u8]) -> Option<&Arc<Entry>> {
         self.entries.get(key).map(|ByKey(entry)| entry)
     }
@@ -90,17 +89,11 @@ impl View {
         self.entries.iter().map(|ByKey(entry)| entry)
     }
 
-    #[allow(dead_code, reason = "for the queue")]
-    pub(crate) fn len(&self) -> usize {
-        self.entries.len()
-    }
-
     /// The revision of which the entries are. Lower than before after a restored backup.
     pub(crate) fn revision(&self) -> i64 {
         self.revision
     }
 
-    #[allow(dead_code, reason = "for the config cache")]
     pub(crate) fn freshness(&self) -> Freshness {
         self.freshness.clone()
     }
@@ -109,7 +102,8 @@ impl View {
     ///
     /// # Errors
     ///
-    /// What etcd refuses for good, like a missing permission. The entries stay, stale; a later call tries again.
+    /// [`Error::Closed`], and what etcd refuses for good, like a missing permission. The entries stay, stale; a later call
+    /// tries again.
     ///
     /// # Cancel safety
     ///
@@ -123,7 +117,12 @@ impl View {
                 let changes = self.list().await?;
                 return Ok(Batch { revision: self.revision, changes, listed: true });
             };
-            match watch.next().await {
+            let news = tokio::select! {
+                biased;
+                () = self.core.closing.cancelled() => return Err(Error::Closed),
+                news = watch.next() => news,
+            };
+            match news {
                 Ok(News::Events(events)) => self.events.push_back((events, 0)),
                 Ok(News::Gap) => self.missed(),
                 Err(error) => {

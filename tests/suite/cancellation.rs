@@ -1,6 +1,7 @@
 //! Cancellation: the future of every public async method is dropped after each of its polls, in turn. Each time no key,
 //! no lease and no task is left, and the next contender has its turn at once while the session lives on.
 
+mod configs;
 mod elections;
 mod enter;
 mod guards;
@@ -90,6 +91,16 @@ table! {
     "TypedQueue::enqueue_all": queues::dropped_enqueue_all_on_a_typed_queue;
     "TypedQueue::claim": queues::dropped_claim_on_a_typed_queue;
     "TypedQueue::dequeue": queues::dropped_dequeue_on_a_typed_queue;
+
+    "ConfigCache::open": configs::dropped_open_of_a_config;
+    "ConfigCache::changes": configs::dropped_next_change_is_not_lost;
+    "ConfigCache::ready": configs::dropped_ready_of_a_config;
+    "ConfigCache::wait_for": configs::dropped_wait_for_a_revision;
+    "ConfigCache::publish": configs::dropped_publish_goes_on_or_ends;
+    "ConfigCache::publish_as": configs::dropped_publish_of_a_type;
+    "ConfigCache::publish_if": configs::dropped_publish_with_a_condition;
+    "ConfigCache::delete": configs::dropped_delete_of_a_key;
+    "ConfigCache::delete_if": configs::dropped_delete_with_a_condition;
 }
 
 #[test]

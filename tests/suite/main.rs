@@ -11,6 +11,7 @@ mod bad_input;
 mod beside;
 mod burst;
 mod cancellation;
+mod config;
 mod election;
 mod election_loss;
 mod election_observe;

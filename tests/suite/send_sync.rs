@@ -2,9 +2,10 @@
 
 use etcd_recipes::etcd_client::{Client, Compare, Txn, TxnResponse};
 use etcd_recipes::{
-    Claim, DeadLetter, DetachedLeadership, Election, Error, Item, Leader, Leadership, Mutex, MutexGuard,
-    Observation, Observe, Participant, Queue, QueueBuilder, Result, Session, SessionBuilder, SessionState,
-    TypedClaim, TypedQueue,
+    Claim, ConfigCache, ConfigChange, ConfigChanges, ConfigEntry, ConfigHandler, ConfigProblem,
+    ConfigSnapshot, DeadLetter, DetachedLeadership, Election, Error, Item, Leader, Leadership, Mutex,
+    MutexGuard, Observation, Observe, Participant, Queue, QueueBuilder, Result, Session, SessionBuilder,
+    SessionState, TypedClaim, TypedQueue,
 };
 use futures::stream::StreamExt as _;
 
@@ -37,6 +38,13 @@ fn every_public_type_is_send_and_sync() {
     thread_safe::<TypedClaim<String>>();
     thread_safe::<Item>();
     thread_safe::<DeadLetter>();
+    thread_safe::<ConfigCache>();
+    thread_safe::<ConfigEntry>();
+    thread_safe::<ConfigSnapshot>();
+    thread_safe::<ConfigChange>();
+    thread_safe::<ConfigChanges>();
+    thread_safe::<ConfigHandler>();
+    thread_safe::<ConfigProblem>();
     thread_safe::<Error>();
     fn sendable_type<T: Send + 'static>() {}
     sendable_type::<SessionBuilder>();
@@ -94,6 +102,22 @@ fn every_future_of_a_mutex_is_send() {
         owned(guard.lost());
         let _: Compare = guard.compare();
         sendable::<Result<()>>(guard.unlock());
+    };
+}
+
+#[test]
+fn every_future_of_a_config_cache_is_send() {
+    let _ = || {
+        let (session, config) = (make::<Session>(), make::<ConfigCache>());
+        sendable::<Result<ConfigCache>>(ConfigCache::open(&session, "a"));
+        sendable::<Result<()>>(config.ready());
+        sendable::<Result<()>>(config.wait_for(1));
+        sendable::<Result<i64>>(config.publish("a", "b"));
+        sendable::<Result<i64>>(config.publish_as("a", "b"));
+        sendable::<Result<Option<i64>>>(config.publish_if("a", 1, "b"));
+        sendable::<Result<Option<i64>>>(config.delete("a"));
+        sendable::<Result<Option<i64>>>(config.delete_if("a", 1));
+        sendable::<Option<ConfigChange>>(config.changes("").next());
     };
 }
 

@@ -206,6 +206,29 @@ impl Server {
         self.ready().await;
     }
 
+    /// Stops it, copies its data aside, and starts it again.
+    pub(crate) async fn back_up(&self) {
+        self.stop().await;
+        self.copy_data("data", "backup");
+        self.launch();
+        self.ready().await;
+    }
+
+    /// Stops it, puts the data of the last backup in the place of its own, and starts it again.
+    pub(crate) async fn restore(&self) {
+        self.stop().await;
+        std::fs::remove_dir_all(self.directory.path().join("data")).expect("no data");
+        self.copy_data("backup", "data");
+        self.launch();
+        self.ready().await;
+    }
+
+    fn copy_data(&self, from: &str, to: &str) {
+        let path = |name| self.directory.path().join(name);
+        let copied = Command::new("cp").arg("-r").arg(path(from)).arg(path(to)).status();
+        assert!(copied.expect("no cp").success(), "cannot copy etcd's data");
+    }
+
     /// A new plain client of this server.
     pub(crate) async fn client(&self) -> Client {
         super::client([self.endpoint()]).await

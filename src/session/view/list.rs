@@ -9,7 +9,7 @@ use super::{ByKey, Entries, Entry, Values};
 use crate::error::{Error, Result};
 use crate::name::Prefix;
 use crate::session::Core;
-use crate::session::rpc::revision;
+use crate::session::rpc::revision as revision_of;
 use crate::session::runtime::Backoff;
 
 /// Keys in the first page.
@@ -70,7 +70,7 @@ async fn pages(
             Err(error) => return Err(error),
         };
         if at == 0 {
-            at = revision(page.header());
+            at = revision_of(page.header());
         }
         let bytes = take(&mut page, &mut entries, held);
         if !page.more() {
@@ -82,6 +82,25 @@ async fn pages(
         }
         limit = (limit.saturating_mul(WANTED) / bytes.max(1)).clamp(1, limit.saturating_mul(8));
     }
+}
+
+/// Whether what a prefix held at `revision`, `len` keys, is all that it holds now: then the revision of now.
+///
+/// Proved by a read: no key was written since, so all there are were there; and they are as many.
+pub(crate) async fn unchanged(
+    core: &Core,
+    prefix: &Prefix,
+    revision: i64,
+    len: usize,
+) -> Result<Option<i64>> {
+    let options = GetOptions::new()
+        .with_range(prefix.end())
+        .with_min_mod_revision(revision + 1)
+        .with_keys_only()
+        .with_limit(1);
+    let read = core.rpc.get(prefix.as_bytes(), options, Some(core.rpc.timeout * 2)).await?;
+    let same = read.kvs().is_empty() && usize::try_from(read.count()).is_ok_and(|count| count == len);
+    Ok(same.then(|| revision_of(read.header())))
 }
 
 /// Moves a page into the entries; tells its size.

@@ -164,7 +164,12 @@ impl<'a> Stage<'a> {
 
     /// Waits until nothing is under way.
     pub(super) async fn idle(&self) {
-        eventually(PATIENCE, "no task is left", async || alive_tasks() <= self.tasks).await;
+        self.idle_with(0).await;
+    }
+
+    /// Waits until only so many tasks of the test's own run.
+    pub(super) async fn idle_with(&self, own: usize) {
+        eventually(PATIENCE, "no task is left", async || alive_tasks() <= self.tasks + own).await;
     }
 
     /// Nothing is left, and the next has its turn. Returns how long it waited.
