@@ -9,6 +9,8 @@
 //! | one process that leads until it stops or dies, and everybody to know who it is | [`Election`] | [`Leadership`] |
 //! | work that is done once by one of many processes, in order | [`Queue`] | [`Claim`], or [`Item`] |
 //! | to know who leads, without running | [`Election::observe`] | a stream of [`Observation`]s |
+//! | clients to find your server, as long as it runs | [`Services::register`](service::Services::register) | a [`Registration`](service::Registration) |
+//! | to call whoever serves, and not whoever has died | [`Services::discover`](service::Services::discover) | a [`Discovery`](service::Discovery), and for gRPC a channel |
 //!
 //! All stand on a [`Session`]: one lease at etcd, kept alive in the background. One session per process is right for
 //! most; everything made from it is cheap.
@@ -53,6 +55,8 @@
 //!   is told in [`mutex`].
 //! - **Nothing is done twice, nothing reappears.** A request whose answer was lost is sent again so that only one copy
 //!   can take effect, and a copy that arrives late takes none.
+//! - **Registrations heal, and give way.** One comes back by itself when its lease or key is lost, and never takes the
+//!   place of a newer one of the same id.
 //! - **Every future may be dropped.** No key, no task and no place in line is left behind; each method says so under
 //!   "Cancel safety".
 //!

@@ -3,10 +3,15 @@
 //! A server [registers](Services::register) itself as an [`Instance`] of a service; the [`Registration`] lives on the
 //! session's lease, comes back when it is lost, and gives way to a newer one of the same id.
 //!
-//! Instances are written to etcd in a [`Format`]; [`formats`] has those of other programs. A [`Balancer`] chooses
-//! among instances.
+//! A client [discovers](Services::discover) the instances: a [`Discovery`] keeps the list up to date, and serves the last
+//! known one while etcd is away. A [`Balancer`] chooses among them.
+//!
+//! Instances are written to etcd in a [`Format`]; [`formats`] has those of other programs.
 
 mod balancer;
+#[cfg(feature = "tonic")]
+mod channel;
+mod discovery;
 mod format;
 pub mod formats;
 mod instance;
@@ -15,6 +20,10 @@ mod registration;
 use std::sync::Arc;
 
 pub use self::balancer::{Balancer, Pick, Policy};
+#[cfg(feature = "tonic")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
+pub use self::channel::{ChannelBuilder, ServiceChannel};
+pub use self::discovery::{Change, Changes, Discovery, DiscoveryBuilder, Malformed, Snapshot};
 pub use self::format::{Format, FormatError};
 pub use self::instance::Instance;
 pub use self::registration::{Registration, RegistrationState};
@@ -77,6 +86,25 @@ impl Services {
     /// When dropped, the instance is not registered, or is deregistered again.
     pub async fn register(&self, instance: Instance) -> Result<Registration> {
         Registration::new(&self.session, self.format.clone(), instance).await
+    }
+
+    /// Begins to follow the instances of a service.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(session: etcd_recipes::Session) -> etcd_recipes::Result<()> {
+    /// use etcd_recipes::service::{Balancer, Policy, Services};
+    ///
+    /// let discovery = Services::new(&session).discover("courseware").version("1.2.0").open().await?;
+    /// let balancer = Balancer::new(Policy::RoundRobin);
+    /// if let Some(pick) = balancer.pick(&discovery.snapshot().instances) {
+    ///     println!("calling {}", pick.instance().address);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn discover(&self, service: impl Into<String>) -> DiscoveryBuilder {
+        DiscoveryBuilder::new(self, service.into())
     }
 }
 

@@ -43,6 +43,8 @@ pub enum RegistrationState {
     Away,
     /// Somebody else has registered the same id since. Final.
     Superseded,
+    /// It was deregistered. Final.
+    Deregistered,
 }
 
 /// What is written for an instance.
@@ -104,6 +106,7 @@ impl Registration {
             Standing::There => RegistrationState::Registered,
             Standing::Away => RegistrationState::Away,
             Standing::Superseded => RegistrationState::Superseded,
+            Standing::Removed => RegistrationState::Deregistered,
         }
     }
 
@@ -123,7 +126,8 @@ impl Registration {
     ///
     /// # Errors
     ///
-    /// [`Error::Superseded`] when somebody else has registered the same id; [`Error::InvalidInstance`] when the change
+    /// [`Error::Superseded`] when somebody else has registered the same id; [`Error::Lost`] when it was deregistered;
+    /// [`Error::InvalidInstance`] when the change
     /// would move it to another key or cannot be written; otherwise as etcd says: the last good state stays then.
     ///
     /// # Cancel safety
@@ -160,7 +164,8 @@ impl Registration {
     }
 
     /// Removes the registration, if it is still the newest of its id. Goes on until etcd has confirmed, or the lease is
-    /// over.
+    /// over. It does not take the registration by value, because a server shares it with whoever changes its weight;
+    /// what was deregistered stays so, and doing it again is fine.
     ///
     /// # Errors
     ///
@@ -169,7 +174,7 @@ impl Registration {
     /// # Cancel safety
     ///
     /// When dropped, it goes on in the background.
-    pub async fn deregister(self) -> Result<()> {
+    pub async fn deregister(&self) -> Result<()> {
         self.key.remove().await
     }
 
@@ -186,7 +191,7 @@ impl Registration {
     /// # Cancel safety
     ///
     /// When dropped, the deregistration goes on in the background.
-    pub async fn drain(self, wait: Duration) -> Result<()> {
+    pub async fn drain(&self, wait: Duration) -> Result<()> {
         self.deregister().await?;
         tokio::time::sleep(wait).await;
         Ok(())

@@ -34,7 +34,6 @@ pub(crate) struct KeptKey {
     commands: UnboundedSender<Command>,
     status: Arc<Status>,
     key: Arc<[u8]>,
-    removed: bool,
 }
 
 /// What the task and the owner of a key share.
@@ -53,6 +52,8 @@ pub(crate) enum Standing {
     Away,
     /// Somebody else has put it.
     Superseded,
+    /// It was removed, or is to be.
+    Removed,
 }
 
 #[derive(Debug)]
@@ -146,15 +147,14 @@ impl KeptKey {
     /// # Cancel safety
     ///
     /// When dropped, the deletion goes on in the background.
-    pub(crate) async fn remove(mut self) -> Result<()> {
+    pub(crate) async fn remove(&self) -> Result<()> {
         let (answer, answered) = oneshot::channel();
         self.send_remove(Some(answer));
         // A session that ends takes all its keys with it.
         answered.await.unwrap_or(Ok(()))
     }
 
-    fn send_remove(&mut self, answer: Option<oneshot::Sender<Result<()>>>) {
-        self.removed = true;
+    fn send_remove(&self, answer: Option<oneshot::Sender<Result<()>>>) {
         let (key, owner) = (self.key.clone(), self.status.clone());
         let _ = self.commands.send(Command::Remove { key, owner, answer });
     }
@@ -162,7 +162,7 @@ impl KeptKey {
 
 impl Drop for KeptKey {
     fn drop(&mut self) {
-        if !self.removed {
+        if matches!(self.standing(), Standing::There | Standing::Away) {
             self.send_remove(None);
         }
     }
@@ -181,7 +181,8 @@ impl Status {
         match self.standing.load(Ordering::Acquire) {
             0 => Standing::There,
             1 => Standing::Away,
-            _ => Standing::Superseded,
+            2 => Standing::Superseded,
+            _ => Standing::Removed,
         }
     }
 
@@ -193,6 +194,8 @@ impl Status {
     }
 }
 
-fn superseded(key: &[u8]) -> Error {
-    Error::Superseded { key: name::display(key) }
+/// The error of whoever does not own the key any more.
+fn over(key: &[u8], owner: &Status) -> Error {
+    let key = name::display(key);
+    if owner.standing() == Standing::Superseded { Error::Superseded { key } } else { Error::Lost { key } }
 }

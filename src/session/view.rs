@@ -40,7 +40,7 @@ pub(crate) struct Batch {
     pub(crate) revision: i64,
     pub(crate) changes: Vec<Change>,
     /// Derived from a new list: states in between were missed.
-    #[allow(dead_code, reason = "for discovery")]
+    #[allow(dead_code, reason = "for the config cache")]
     pub(crate) listed: bool,
 }
 

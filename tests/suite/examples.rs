@@ -1,5 +1,7 @@
 //! The example programs, run as they are built: `cargo build --examples` comes first.
 
+#[cfg(feature = "tonic")]
+mod courseware;
 mod guard;
 mod indexer;
 mod work_queue;

@@ -31,6 +31,11 @@ mod quorum;
 mod restart;
 mod secrets;
 mod send_sync;
+
+#[cfg(feature = "tonic")]
+mod service_channel;
+mod service_discovery;
+mod service_faults;
 mod service_registration;
 mod session;
 mod session_drop;

@@ -1,6 +1,7 @@
 //! Facts the compiler proves: what may cross threads.
 
 use etcd_recipes::etcd_client::{Client, Compare, Txn, TxnResponse};
+use etcd_recipes::service;
 use etcd_recipes::{
     Claim, ConfigCache, ConfigChange, ConfigChanges, ConfigEntry, ConfigHandler, ConfigProblem,
     ConfigSnapshot, DeadLetter, DetachedLeadership, Election, Error, Item, Leader, Leadership, Mutex,
@@ -46,11 +47,19 @@ fn every_public_type_is_send_and_sync() {
     thread_safe::<ConfigHandler>();
     thread_safe::<ConfigProblem>();
     thread_safe::<Error>();
+    thread_safe::<service::Services>();
+    thread_safe::<service::Registration>();
+    thread_safe::<service::Discovery>();
+    thread_safe::<service::DiscoveryBuilder>();
+    thread_safe::<service::Snapshot>();
+    thread_safe::<service::Balancer>();
+    thread_safe::<service::Pick>();
     fn sendable_type<T: Send + 'static>() {}
     sendable_type::<SessionBuilder>();
     sendable_type::<Observe>();
     fn unpin<T: Unpin>() {}
     unpin::<Observe>();
+    unpin::<service::Changes>();
 }
 
 #[test]

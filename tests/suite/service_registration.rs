@@ -62,6 +62,9 @@ async fn registration_is_one_key_on_the_lease_until_it_is_deregistered() {
 
         registration.deregister().await.unwrap();
         assert!(scope.keys().await.is_empty());
+        assert_eq!(registration.state(), RegistrationState::Deregistered);
+        registration.deregister().await.unwrap();
+        assert!(registration.update(|_| {}).await.unwrap_err().is_lost());
         session.close().await.unwrap();
     })
     .await;
@@ -120,7 +123,7 @@ async fn registrations_come_back_on_the_next_lease() {
             eventually(PATIENCE, "it knows", there).await;
         }
         assert_eq!(weight(scope, &all[7]).await, Some(json!(7)));
-        for result in join_all(all.into_iter().map(Registration::deregister)).await {
+        for result in join_all(all.iter().map(Registration::deregister)).await {
             result.unwrap();
         }
         assert!(scope.keys().await.is_empty());
@@ -248,7 +251,7 @@ async fn large_registrations_share_batches_as_far_as_they_fit() {
         let all = join_all(sizes.iter().enumerate().map(large)).await;
         let all: Vec<_> = all.into_iter().map(Result::unwrap).collect();
         assert_eq!(scope.keys().await.len(), sizes.len());
-        join_all(all.into_iter().map(Registration::deregister)).await;
+        join_all(all.iter().map(Registration::deregister)).await;
         session.close().await.unwrap();
     })
     .await;

@@ -20,14 +20,14 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
     let etcds = etcd::all(root)?;
     let cargo = Cargo::new(root)?;
     // The suite runs the examples as programs.
-    cargo.must(&["build", "--workspace", "--examples"], &[])?;
+    cargo.must(&["build", "--workspace", "--examples", "--features", "tonic"], &[])?;
 
     let full = args.full || std::env::var_os(FULL).is_some();
     let extent = if full { "full" } else { "not full" };
     let mut results = Vec::new();
     for (what, part) in [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])] {
         announce(what);
-        let mut command = vec!["test", "--workspace", "--no-fail-fast"];
+        let mut command = vec!["test", "--workspace", "--features", "tonic", "--no-fail-fast"];
         command.extend(part);
         let success = cargo.run(&with_libtest(command, args), &[threads()])?;
         results.push((what.to_owned(), success));
@@ -39,7 +39,8 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
         if full {
             env.push((FULL, "1".into()));
         }
-        let success = cargo.run(&with_libtest(vec!["test", "--test", "suite"], args), &env)?;
+        let success =
+            cargo.run(&with_libtest(vec!["test", "--features", "tonic", "--test", "suite"], args), &env)?;
         results.push((what, success));
     }
 

@@ -165,6 +165,13 @@ impl Key {
         commands: &UnboundedSender<Command>,
     ) -> Next {
         let value = self.under_way.take().flatten();
+        if !self.meant(value.as_ref()) {
+            // Of an owner before this one.
+            if let (Outcome::Done(revision), Some(_)) = (&outcome, &value) {
+                (self.last, self.lease) = (*revision, lease);
+            }
+            return Next::Go;
+        }
         match outcome {
             Outcome::Done(revision) => self.done(value, revision, lease, commands),
             Outcome::Not { found: Some(found), maybe }
@@ -187,7 +194,7 @@ impl Key {
                     Next::Go
                 }
             },
-            Outcome::Refused(error) => self.refuse(error),
+            Outcome::Refused(error) => self.refuse(value, error),
             Outcome::Ended => match self.phase {
                 // The lease takes it along.
                 Phase::Leaving(_) => self.end(Ok(())),
@@ -220,15 +227,25 @@ impl Key {
         {
             let (commands, status, key) = (commands.clone(), self.owner.clone(), self.name.clone());
             // If nobody waits for it any more, it is dropped here, and so removed.
-            let _ = answer.send(Ok(KeptKey { commands, status, key, removed: false }));
+            let _ = answer.send(Ok(KeptKey { commands, status, key }));
         }
         Next::Go
     }
 
-    fn refuse(&mut self, error: Error) -> Next {
+    /// Whether a write that put this, or deleted, was for what the owner wants now.
+    fn meant(&self, value: Option<&Arc<[u8]>>) -> bool {
+        match &self.phase {
+            Phase::Taking(_) => value.is_some_and(|value| Arc::ptr_eq(value, &self.value)),
+            Phase::Having | Phase::Leaving(_) => true,
+        }
+    }
+
+    fn refuse(&mut self, value: Option<Arc<[u8]>>, error: Error) -> Next {
+        let newest = value.is_some_and(|value| Arc::ptr_eq(&value, &self.value));
         match &mut self.phase {
             Phase::Taking(_) => return self.end(Err(error)),
             Phase::Leaving(_) => {}
+            Phase::Having if !newest => return Next::Go,
             Phase::Having => {
                 if let Some(update) = self.updates.pop() {
                     // The last value that was good stays.
@@ -297,15 +314,15 @@ impl Key {
         if lost {
             tracing::warn!(key = %name::display(&self.name), "superseded by somebody else's put");
             self.owner.set(Standing::Superseded);
+        } else {
+            self.owner.set(Standing::Removed);
         }
         let updates = std::mem::take(&mut self.updates);
         for update in updates {
-            let _ = update.send(Err(self.superseded()));
+            let _ = update.send(Err(super::over(&self.name, &self.owner)));
         }
         match std::mem::replace(&mut self.phase, Phase::Having) {
-            Phase::Taking(answer) => {
-                drop(answer.send(Err(result.err().unwrap_or_else(|| self.superseded()))))
-            }
+            Phase::Taking(answer) => drop(answer.send(Err(result.err().unwrap_or(Error::Closed)))),
             Phase::Having => {}
             Phase::Leaving(answers) => {
                 for answer in answers {
@@ -317,6 +334,6 @@ impl Key {
     }
 
     fn superseded(&self) -> Error {
-        super::superseded(&self.name)
+        Error::Superseded { key: name::display(&self.name) }
     }
 }

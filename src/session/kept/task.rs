@@ -155,7 +155,7 @@ impl Task {
             Command::Update { key, owner, value, answer } => {
                 match self.keys.get_mut(&key).filter(|kept| kept.is_owner(&owner)) {
                     Some(kept) => kept.update(value, answer),
-                    None => drop(answer.send(Err(super::superseded(&key)))),
+                    None => drop(answer.send(Err(super::over(&key, &owner)))),
                 }
                 key
             }
@@ -167,7 +167,11 @@ impl Task {
                             self.forget(&key);
                         }
                     }
-                    None => drop(answer.map(|answer| answer.send(Err(super::superseded(&key))))),
+                    None => {
+                        // Removed already is fine.
+                        let error = Some(super::over(&key, &owner)).filter(|error| !error.is_lost());
+                        let _ = answer.map(|answer| answer.send(error.map_or(Ok(()), Err)));
+                    }
                 }
                 key
             }
