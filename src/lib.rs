@@ -11,6 +11,7 @@
 //! | to know who leads, without running | [`Election::observe`] | a stream of [`Observation`]s |
 //! | clients to find your server, as long as it runs | [`Services::register`](service::Services::register) | a [`Registration`](service::Registration) |
 //! | to call whoever serves, and not whoever has died | [`Services::discover`](service::Services::discover) | a [`Discovery`](service::Discovery), and for gRPC a channel |
+//! | configuration that is read all the time, and to hear of its changes | [`ConfigCache`] | [`ConfigEntry`], handlers, streams |
 //!
 //! All stand on a [`Session`]: one lease at etcd, kept alive in the background. One session per process is right for
 //! most; everything made from it is cheap.

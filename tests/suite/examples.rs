@@ -1,5 +1,6 @@
 //! The example programs, run as they are built: `cargo build --examples` comes first.
 
+mod config_sync;
 #[cfg(feature = "tonic")]
 mod courseware;
 mod guard;

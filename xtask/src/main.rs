@@ -22,7 +22,7 @@ use crate::etcd::LINES;
 use crate::server::Server;
 
 /// The benches `cargo xtask bench` knows: targets of `benches/`.
-const BENCHES: [&str; 3] = ["locks", "queue", "service"];
+const BENCHES: [&str; 4] = ["locks", "queue", "service", "config"];
 
 /// Project tasks.
 #[derive(Debug, Parser)]
