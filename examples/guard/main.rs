@@ -9,6 +9,8 @@
 //! that keeps the highest token it has seen, and refuses lower ones, is safe whatever happens to this program.
 
 mod job;
+#[path = "../common/reach.rs"]
+mod reach;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -64,8 +66,9 @@ Exit codes:
     after_help = EXIT_CODES
 )]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:2379")]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// Seconds until others get the lock when this machine or its network dies.
@@ -132,7 +135,8 @@ async fn main() -> ExitCode {
 async fn run(args: &Args) -> Result<u8> {
     let mut signals = listen(&job::PASSED_ON)?;
     let ttl = Duration::from_secs(args.ttl);
-    let builder = Session::builder(&args.endpoints).ttl(ttl).connect_timeout(args.connect_timeout);
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let builder = Session::builder(endpoints).ttl(ttl).connect_timeout(args.connect_timeout);
     let session = tokio::select! {
         session = builder.connect() => session?,
         Some(signal) = signals.recv() => return Ok(killed_by(signal as i32)),

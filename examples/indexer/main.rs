@@ -9,6 +9,8 @@
 //! is so stands in `index.rs`.
 
 mod index;
+#[path = "../common/reach.rs"]
+mod reach;
 
 use std::convert::Infallible;
 use std::io::Write as _;
@@ -46,8 +48,9 @@ const REPORTS: Duration = Duration::from_secs(1);
 #[derive(Debug, Parser)]
 #[command(name = "indexer", verbatim_doc_comment)]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:2379")]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// What others call this indexer.
@@ -100,7 +103,8 @@ async fn run(args: Args) -> Result<()> {
         });
     }
     let ttl = Duration::from_secs(args.ttl);
-    let builder = Session::builder(&args.endpoints).ttl(ttl).connect_timeout(CONNECTING);
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let builder = Session::builder(endpoints).ttl(ttl).connect_timeout(CONNECTING);
     let Some(session) = stop.run_until_cancelled(builder.connect()).await else { return Ok(()) };
     let session = session?;
     let index = Index::new(session.client(), &args.election);

@@ -6,6 +6,8 @@
 mod election;
 mod lock;
 mod loss;
+#[path = "../common/reach.rs"]
+mod reach;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -25,8 +27,9 @@ use etcd_recipes::{Session, SessionState};
 #[derive(Debug, Parser)]
 #[command(name = "tour", verbatim_doc_comment)]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:2379")]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// Seconds until the tour is given up.
@@ -67,7 +70,8 @@ async fn main() -> ExitCode {
 }
 
 async fn tour(args: &Args) -> Result<()> {
-    let mut cast = meet(args).await?;
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let mut cast = meet(&endpoints).await?;
     lock::hand_over(&cast).await.context("in the chapter about locks")?;
     loss::delete_key(&mut cast).await.context("in the chapter about fencing")?;
     loss::revoke_lease(&mut cast).await.context("in the chapter about a lost lease")?;
@@ -76,14 +80,14 @@ async fn tour(args: &Args) -> Result<()> {
 }
 
 /// Three sessions.
-async fn meet(args: &Args) -> Result<Cast> {
+async fn meet(endpoints: &[String]) -> Result<Cast> {
     chapter("Three sessions");
     tell(
         "A session is one lease at etcd, kept alive in the background. Whatever a session holds goes when it goes.",
     );
     // So short only for the tour: when a lease is lost, a session finds out within a third of its TTL.
     let connect = async |who: &str| {
-        Session::builder(&args.endpoints).ttl(Duration::from_secs(3)).identity(who).connect().await
+        Session::builder(endpoints).ttl(Duration::from_secs(3)).identity(who).connect().await
     };
     let (alice, bob, carol) = (connect("alice").await?, connect("bob").await?, connect("carol").await?);
     for (who, session) in [("alice", &alice), ("bob", &bob), ("carol", &carol)] {

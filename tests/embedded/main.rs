@@ -7,4 +7,5 @@
 mod support;
 
 mod differential;
+mod etcdctl;
 mod server;

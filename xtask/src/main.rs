@@ -34,7 +34,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Start an etcd and run the `tour` example against it
+    /// Run the `tour` example: on `ETCD_ENDPOINTS`, or an etcd on this machine, or the embedded server
     Demo,
     /// Run all tests, the integration suite once per etcd release line
     Test(TestArgs),
@@ -94,17 +94,15 @@ fn run(task: Task) -> Result<bool> {
             Ok(true)
         }
         Task::Demo => {
-            let etcd = etcd::one(&root, None)?;
+            // Without endpoints it runs on the embedded server, so nothing else is needed.
             let cargo = Cargo::new(&root)?;
-            cargo.must(&["build", "--example", "tour"], &[])?;
-            let server = Server::start(&root, &etcd, "demo", server::Storage::Disk)?;
-            cargo.run(&["run", "--example", "tour"], &server.env())
+            cargo.run(&["run", "--example", "tour"], &[])
         }
         Task::Bench(BenchArgs { name, line, args }) => {
             let etcd = etcd::one(&root, line.as_deref())?;
             let cargo = Cargo::new(&root)?;
             cargo.must(&["bench", "--no-run", "--bench", &name], &[])?;
-            let server = Server::start(&root, &etcd, "bench", server::Storage::Memory)?;
+            let server = Server::start(&root, &etcd, "bench")?;
             let mut command = vec!["bench", "--bench", &name, "--"];
             command.extend(args.iter().map(String::as_str));
             cargo.run(&command, &server.env())

@@ -31,23 +31,10 @@ rm -rf -- "$0"
 exit $code
 "#;
 
-/// Where an etcd keeps its data.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Storage {
-    /// In the directory for temporary files.
-    Disk,
-    /// On a file system in memory, if the machine has one.
-    Memory,
-}
-
-impl Storage {
-    fn base(self) -> PathBuf {
-        let memory = PathBuf::from("/dev/shm");
-        match self {
-            Self::Memory if tempfile::tempfile_in(&memory).is_ok() => memory,
-            _ => std::env::temp_dir(),
-        }
-    }
+/// Where data goes: a file system in memory, if the machine has one.
+fn base() -> PathBuf {
+    let memory = PathBuf::from("/dev/shm");
+    if tempfile::tempfile_in(&memory).is_ok() { memory } else { std::env::temp_dir() }
 }
 
 /// A running etcd; it ends and its data goes when this is dropped.
@@ -59,13 +46,13 @@ pub(crate) struct Server {
 
 impl Server {
     /// Starts an etcd on a free port of the loopback interface and waits until it answers.
-    pub(crate) fn start(root: &Path, etcd: &Etcd, task: &str, storage: Storage) -> Result<Self> {
+    pub(crate) fn start(root: &Path, etcd: &Etcd, task: &str) -> Result<Self> {
         let logs = root.join("target/etcd/log");
         fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
         let log = logs.join(format!("{task}.log"));
         println!("xtask: starting {etcd} (log: {})", log.display());
         for _ in 0..ATTEMPTS {
-            let mut server = Self::spawn(etcd, &log, storage)?;
+            let mut server = Self::spawn(etcd, &log)?;
             if server.wait(etcd)? {
                 return Ok(server);
             }
@@ -75,9 +62,9 @@ impl Server {
 
     /// Spawns the etcd and the shell that looks after it, away from the
     /// terminal's signals: on ctrl-c xtask goes and etcd goes with it.
-    fn spawn(etcd: &Etcd, log: &Path, storage: Storage) -> Result<Self> {
+    fn spawn(etcd: &Etcd, log: &Path) -> Result<Self> {
         let (url, peer_url) = free_urls()?;
-        let base = storage.base();
+        let base = base();
         let data = tempfile::Builder::new().prefix("etcd-recipes-").tempdir_in(&base);
         let data = data.with_context(|| format!("cannot use {} for data", base.display()))?.keep();
         let log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;

@@ -25,9 +25,11 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
     let full = args.full || std::env::var_os(FULL).is_some();
     let extent = if full { "full" } else { "not full" };
     let mut results = Vec::new();
-    for (what, part) in [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])] {
+    for (what, part) in
+        [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])]
+    {
         announce(what);
-        let mut command = vec!["test", "--workspace", "--features", "tonic", "--no-fail-fast"];
+        let mut command = vec!["test", "--workspace", "--no-fail-fast"];
         command.extend(part);
         let success = cargo.run(&with_libtest(command, args), &[threads()])?;
         results.push((what.to_owned(), success));
@@ -39,8 +41,10 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
         if full {
             env.push((FULL, "1".into()));
         }
-        let success =
-            cargo.run(&with_libtest(vec!["test", "--features", "tonic", "--test", "suite"], args), &env)?;
+        let success = cargo.run(
+            &with_libtest(vec!["test", "--test", "suite", "--test", "embedded", "--no-fail-fast"], args),
+            &env,
+        )?;
         results.push((what, success));
     }
 
@@ -56,7 +60,10 @@ pub(crate) fn check(root: &Path, args: &TestArgs) -> Result<bool> {
     let cargo = Cargo::new(root)?;
     cargo.must(&["fmt", "--all", "--check"], &[])?;
     cargo.must(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
-    cargo.must(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-Dwarnings".into())])?;
+    // What a user builds who asks for nothing.
+    cargo.must(&["clippy", "--lib", "--", "-D", "warnings"], &[])?;
+    let docs = ["doc", "--workspace", "--no-deps", "--features", "embedded"];
+    cargo.must(&docs, &[("RUSTDOCFLAGS", "-Dwarnings".into())])?;
     test(root, args)
 }
 
