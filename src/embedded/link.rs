@@ -143,6 +143,13 @@ impl Link {
     }
 }
 
+impl Link {
+    /// Lays no fault into requests to come any more. What is held back still is, until it is released.
+    pub fn clear(&self) {
+        self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
 impl Injection {
     /// How many requests met it.
     pub fn hits(&self) -> usize {

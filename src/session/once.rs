@@ -163,6 +163,7 @@ where
                 Err(failure) => {
                     unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     tokio::select! {
+                        biased;
                         () = answer.closed() => {}
                         () = backoff.wait(&self.core.runtime) => {}
                     }

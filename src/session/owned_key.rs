@@ -144,6 +144,7 @@ impl Task {
                 Err(failure) => {
                     unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     tokio::select! {
+                        biased;
                         () = answer.closed() => return self.give_up(slot).await,
                         () = backoff.wait(&self.core.runtime) => {}
                     }
@@ -326,6 +327,7 @@ impl Owned {
     /// Waits until the key is lost or given up.
     pub(crate) async fn lost(&self) {
         tokio::select! {
+            biased;
             () = self.gone.cancelled() => {}
             () = self.generation.ended() => {}
         }

@@ -9,3 +9,4 @@ mod support;
 mod differential;
 mod etcdctl;
 mod server;
+mod simulation;

@@ -192,6 +192,7 @@ struct Monitor {
 impl Monitor {
     async fn run(self, watch: Option<Subscription>) {
         tokio::select! {
+            biased;
             () = self.facts.generation.ended() => {}
             gone = self.deletion(watch) => if gone && !self.leaving.load(Ordering::Relaxed) {
                 self.facts.set_gone();

@@ -77,6 +77,7 @@ impl Task {
         loop {
             // Without watches there is no stream.
             tokio::select! {
+                biased;
                 () = closing.cancelled() => return,
                 request = self.inbox.recv() => if request.is_none() { return },
             }
@@ -85,6 +86,7 @@ impl Task {
                 let opened = Instant::now();
                 let member = self.shared.rpc.endpoints.current();
                 let end = tokio::select! {
+                    biased;
                     () = closing.cancelled() => return,
                     end = self.serve(member) => end,
                 };

@@ -1,0 +1,116 @@
+//! Locks and elections: one at a time, tokens that grow, writes of old holders refused, everybody served in the end.
+
+use std::sync::{Arc, Mutex as Shared};
+use std::time::Duration;
+
+use etcd_client::{Txn, TxnOp};
+use etcd_recipes::{Election, Mutex, Session};
+use fastrand::Rng;
+use tokio::task::JoinSet;
+
+use super::world::{CALM, World};
+
+/// What must hold of one lock.
+#[derive(Default)]
+struct Oracle {
+    /// Who holds it, as they see it themselves.
+    holders: Vec<(i64, Arc<dyn Fn() -> bool + Send + Sync>)>,
+    token: i64,
+    /// Whether a holder can be overtaken before it hears of it.
+    revokes: bool,
+}
+
+impl Oracle {
+    fn enter(&mut self, token: i64, is_held: Arc<dyn Fn() -> bool + Send + Sync>) {
+        assert!(token > self.token, "token {token} after {}", self.token);
+        for (other, held) in &self.holders {
+            assert!(self.revokes || !held(), "{other} holds it as well as {token}");
+        }
+        self.token = token;
+        self.holders.push((token, is_held));
+    }
+
+    fn leave(&mut self, token: i64) {
+        self.holders.retain(|(other, _)| *other != token);
+    }
+}
+
+pub(super) async fn run(world: &mut World) {
+    let oracle = || Arc::new(Shared::new(Oracle { revokes: world.revokes, ..Oracle::default() }));
+    let (oracle, leaders) = (oracle(), oracle());
+    let mut tasks = JoinSet::new();
+    for process in &world.processes {
+        for _ in 0..2 {
+            let (session, oracle, random) = (process.session.clone(), oracle.clone(), world.random.fork());
+            tasks.spawn(contend(session, oracle, random));
+        }
+        tasks.spawn(lead(process.session.clone(), leaders.clone(), world.random.fork()));
+    }
+    while world.storms() {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    world.calm().await;
+    let all = async {
+        while let Some(done) = tasks.join_next().await {
+            done.unwrap();
+        }
+    };
+    tokio::time::timeout(CALM, all).await.expect("somebody is stuck");
+    // Everybody gets it once more.
+    for process in &world.processes {
+        let mutex = Mutex::new(&process.session, "lock").unwrap();
+        let guard = tokio::time::timeout(CALM, mutex.lock()).await.expect("the lock is stuck").unwrap();
+        oracle.lock().unwrap().enter(guard.token(), Arc::new(|| false));
+        guard.unlock().await.unwrap();
+    }
+}
+
+/// Takes the lock again and again; gives some attempts up, and some holds without saying so.
+async fn contend(session: Session, oracle: Arc<Shared<Oracle>>, mut random: Rng) {
+    let mutex = Mutex::new(&session, "lock").unwrap();
+    for _ in 0..random.usize(3..12) {
+        tokio::time::sleep(Duration::from_millis(random.u64(..2_000))).await;
+        let patience = Duration::from_millis(if random.bool() { random.u64(1..3_000) } else { 60_000 });
+        let Ok(Ok(guard)) = tokio::time::timeout(patience, mutex.lock()).await else { continue };
+        let guard = Arc::new(guard);
+        let token = guard.token();
+        let seen = guard.clone();
+        oracle.lock().unwrap().enter(token, Arc::new(move || seen.is_held()));
+        if random.bool() {
+            let write = Txn::new().and_then([TxnOp::put("written", token.to_string(), None)]);
+            let written = tokio::time::timeout(Duration::from_secs(20), guard.txn(write)).await;
+            if let Ok(Ok(_)) = written {
+                let last = oracle.lock().unwrap().token;
+                // Only what is committed while the lock is held is written: nobody can have had it since, or this
+                // would have been refused.
+                assert!(last >= token);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(random.u64(..1_000))).await;
+        oracle.lock().unwrap().leave(token);
+        if let Ok(guard) = Arc::try_unwrap(guard).map_err(drop)
+            && random.u8(..4) > 0
+        {
+            let _ = guard.unlock().await;
+        }
+    }
+}
+
+async fn lead(session: Session, oracle: Arc<Shared<Oracle>>, mut random: Rng) {
+    let election = Election::new(&session, "election").unwrap();
+    for _ in 0..random.usize(2..6) {
+        let patience = Duration::from_millis(random.u64(100..60_000));
+        let campaign = election.campaign(random.u64(..).to_string());
+        let Ok(Ok(leadership)) = tokio::time::timeout(patience, campaign).await else { continue };
+        let leadership = Arc::new(leadership);
+        let token = leadership.token();
+        let seen = leadership.clone();
+        oracle.lock().unwrap().enter(token, Arc::new(move || seen.is_held()));
+        tokio::time::sleep(Duration::from_millis(random.u64(..3_000))).await;
+        let _ = tokio::time::timeout(Duration::from_secs(20), leadership.proclaim("again")).await;
+        oracle.lock().unwrap().leave(token);
+        if let Ok(leadership) = Arc::try_unwrap(leadership) {
+            let _ = leadership.resign().await;
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The server, the processes on it, and what is recorded of them.
+
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use etcd_client::{EventType, GetOptions, WatchOptions};
+use etcd_recipes::Session;
+use etcd_recipes::embedded::{Link, Server};
+use fastrand::Rng;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::faults::Faults;
+
+/// The TTL of all sessions.
+pub(super) const TTL: Duration = Duration::from_secs(5);
+/// How long there are faults.
+pub(super) const STORM: Duration = Duration::from_secs(40);
+/// How long anything may take once they are over: leases that nobody renews must end, and what waited must go on.
+pub(super) const CALM: Duration = Duration::from_secs(120);
+
+pub(super) struct World {
+    pub(super) server: Arc<Server>,
+    pub(super) random: Rng,
+    pub(super) processes: Vec<Process>,
+    /// Whether somebody revokes leases of others, who can only hear of it afterwards.
+    pub(super) revokes: bool,
+    faults: Faults,
+    history: Arc<Mutex<String>>,
+    observer: JoinHandle<()>,
+    began: Instant,
+}
+
+/// One process: a link and a session on it.
+#[derive(Clone)]
+pub(super) struct Process {
+    pub(super) session: Session,
+    pub(super) link: Link,
+}
+
+impl World {
+    pub(super) async fn new(seed: u64) -> Self {
+        let mut random = Rng::with_seed(seed);
+        let server = Arc::new(Server::start());
+        let (history, began) = (Arc::new(Mutex::new(String::new())), Instant::now());
+        let observer = observe(&server, history.clone(), began).await;
+        let mut processes = Vec::new();
+        for _ in 0..random.usize(2..5) {
+            let link = server.link();
+            let session =
+                server.session(&link).await.unwrap().seed(random.u64(..)).identity("simulated").ttl(TTL);
+            processes.push(Process { session: session.connect().await.unwrap(), link });
+        }
+        let revokes = random.u8(..4) == 0;
+        let faults = Faults::begin(&server, &processes, revokes, random.fork());
+        Self { server, random, processes, revokes, faults, history, observer, began }
+    }
+
+    /// Whether new work may begin.
+    pub(super) fn storms(&self) -> bool {
+        self.began.elapsed() < STORM
+    }
+
+    /// The end of the faults, from where everything must come right.
+    pub(super) async fn calm(&mut self) {
+        self.faults.end().await;
+    }
+
+    /// Closes everything; nothing may be left, also not when the last late request has arrived.
+    pub(super) async fn end(mut self) -> String {
+        self.calm().await;
+        for process in &self.processes {
+            tokio::time::timeout(CALM, process.session.close())
+                .await
+                .expect("a session does not close")
+                .unwrap();
+        }
+        self.faults.release().await;
+        // A grant that comes so late gives a lease to nobody; etcd has nothing to compare there.
+        tokio::time::sleep(TTL + Duration::from_secs(1)).await;
+        let left: Vec<_> = self.server.keys("").into_iter().filter(|key| key.lease != 0).collect();
+        assert!(left.is_empty(), "left: {left:?}");
+        assert_eq!(self.server.leases(), [0; 0], "leases are left");
+        self.observer.abort();
+        let history = self.history.lock().unwrap();
+        history.clone()
+    }
+}
+
+/// Writes down every change, and when it was heard of.
+async fn observe(server: &Server, history: Arc<Mutex<String>>, began: Instant) -> JoinHandle<()> {
+    let mut client = server.client().await.unwrap();
+    // An empty key asks for all.
+    let all = WatchOptions::new().with_from_key().with_start_revision(1);
+    let mut watch = client.watch("\0", Some(all)).await.unwrap();
+    let _ = client.get("\0", Some(GetOptions::new().with_count_only())).await;
+    tokio::spawn(async move {
+        while let Ok(Some(message)) = watch.message().await {
+            for event in message.events() {
+                let kv = event.kv().unwrap();
+                let what = if event.event_type() == EventType::Put { "put" } else { "delete" };
+                let (at, revision, key) = (began.elapsed(), kv.mod_revision(), kv.key().escape_ascii());
+                let mut history = history.lock().unwrap();
+                let _ = writeln!(history, "{at:?} {revision} {what} {key} {}", kv.lease());
+            }
+        }
+    })
+}
