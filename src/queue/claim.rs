@@ -338,8 +338,10 @@ impl Hold {
             if !unanswered || there(0) || there(1) {
                 return Err(self.facts.error());
             }
-            // The lease lives, so it did not take the claim away: it was our attempt.
-            if !generation.is_alive() {
+            // It did, unless the claim went with its lease, which somebody may have revoked, and another consumer took
+            // the item. A lease that can still be written on did not take the claim away.
+            let lives = |record: &Record<'_>| Txn::new().and_then([record.put(ENDED)]);
+            if self.core.once(generation, &self.facts.key, lives, |_| ()).await.is_err() {
                 return Err(Error::OutcomeUnknown { key: name::display(&self.facts.key) });
             }
         }

@@ -3,10 +3,15 @@
 
 mod faults;
 mod locks;
+mod queues;
+mod services;
 mod world;
 
 use std::fmt::Write as _;
 
+use locks::Locks;
+use queues::Queues;
+use services::Registered;
 use world::World;
 
 /// Everything that happens is drawn from the seed; gives what was written, and when.
@@ -15,7 +20,15 @@ fn run(seed: u64) -> String {
         tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let mut world = World::new(seed).await;
-        locks::run(&mut world).await;
+        let World { server, processes, revokes, random, .. } = &mut world;
+        let locks = Locks::begin(processes, *revokes, random);
+        let queues = Queues::begin(processes, random);
+        let registered = Registered::begin(server, processes, random);
+        tokio::time::sleep(world::STORM).await;
+        world.calm().await;
+        locks.end(&world.processes).await;
+        queues.end(&world.processes[0]).await;
+        registered.end(&world.server).await;
         world.end().await
     })
 }

@@ -8,7 +8,7 @@ use etcd_recipes::{Election, Mutex, Session};
 use fastrand::Rng;
 use tokio::task::JoinSet;
 
-use super::world::{CALM, World};
+use super::world::{CALM, Process};
 
 /// What must hold of one lock.
 #[derive(Default)]
@@ -22,7 +22,7 @@ struct Oracle {
 
 impl Oracle {
     fn enter(&mut self, token: i64, is_held: Arc<dyn Fn() -> bool + Send + Sync>) {
-        assert!(token > self.token, "token {token} after {}", self.token);
+        assert!(self.revokes || token > self.token, "token {token} after {}", self.token);
         for (other, held) in &self.holders {
             assert!(self.revokes || !held(), "{other} holds it as well as {token}");
         }
@@ -35,33 +35,39 @@ impl Oracle {
     }
 }
 
-pub(super) async fn run(world: &mut World) {
-    let oracle = || Arc::new(Shared::new(Oracle { revokes: world.revokes, ..Oracle::default() }));
-    let (oracle, leaders) = (oracle(), oracle());
-    let mut tasks = JoinSet::new();
-    for process in &world.processes {
-        for _ in 0..2 {
-            let (session, oracle, random) = (process.session.clone(), oracle.clone(), world.random.fork());
-            tasks.spawn(contend(session, oracle, random));
+/// Contenders and candidates at work.
+pub(super) struct Locks {
+    oracle: Arc<Shared<Oracle>>,
+    tasks: JoinSet<()>,
+}
+
+impl Locks {
+    pub(super) fn begin(processes: &[Process], revokes: bool, random: &mut Rng) -> Self {
+        let oracle = || Arc::new(Shared::new(Oracle { revokes, ..Oracle::default() }));
+        let (oracle, leaders, mut tasks) = (oracle(), oracle(), JoinSet::new());
+        for process in processes {
+            for _ in 0..2 {
+                tasks.spawn(contend(process.session.clone(), oracle.clone(), random.fork()));
+            }
+            tasks.spawn(lead(process.session.clone(), leaders.clone(), random.fork()));
         }
-        tasks.spawn(lead(process.session.clone(), leaders.clone(), world.random.fork()));
+        Self { oracle, tasks }
     }
-    while world.storms() {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    world.calm().await;
-    let all = async {
-        while let Some(done) = tasks.join_next().await {
-            done.unwrap();
+
+    /// Waits for them; then everybody gets the lock once more.
+    pub(super) async fn end(mut self, processes: &[Process]) {
+        let all = async {
+            while let Some(done) = self.tasks.join_next().await {
+                done.unwrap();
+            }
+        };
+        tokio::time::timeout(CALM, all).await.expect("somebody is stuck");
+        for process in processes {
+            let mutex = Mutex::new(&process.session, "lock").unwrap();
+            let guard = tokio::time::timeout(CALM, mutex.lock()).await.expect("the lock is stuck").unwrap();
+            self.oracle.lock().unwrap().enter(guard.token(), Arc::new(|| false));
+            guard.unlock().await.unwrap();
         }
-    };
-    tokio::time::timeout(CALM, all).await.expect("somebody is stuck");
-    // Everybody gets it once more.
-    for process in &world.processes {
-        let mutex = Mutex::new(&process.session, "lock").unwrap();
-        let guard = tokio::time::timeout(CALM, mutex.lock()).await.expect("the lock is stuck").unwrap();
-        oracle.lock().unwrap().enter(guard.token(), Arc::new(|| false));
-        guard.unlock().await.unwrap();
     }
 }
 

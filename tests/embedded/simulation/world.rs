@@ -29,7 +29,6 @@ pub(super) struct World {
     faults: Faults,
     history: Arc<Mutex<String>>,
     observer: JoinHandle<()>,
-    began: Instant,
 }
 
 /// One process: a link and a session on it.
@@ -54,12 +53,7 @@ impl World {
         }
         let revokes = random.u8(..4) == 0;
         let faults = Faults::begin(&server, &processes, revokes, random.fork());
-        Self { server, random, processes, revokes, faults, history, observer, began }
-    }
-
-    /// Whether new work may begin.
-    pub(super) fn storms(&self) -> bool {
-        self.began.elapsed() < STORM
+        Self { server, random, processes, revokes, faults, history, observer }
     }
 
     /// The end of the faults, from where everything must come right.
