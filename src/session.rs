@@ -277,6 +277,7 @@ impl Core {
                 return Ok(generation);
             }
             tokio::select! {
+                biased;
                 () = self.closing.cancelled() => {}
                 // Whatever changes the generation tells a new state after it.
                 changed = state.changed() => changed.map_err(|_| Error::Closed)?,

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use etcd_client::{Channel, Client};
 use futures::future::BoxFuture;
 use futures::stream::unfold;
-use http_body_util::{BodyExt as _, StreamBody};
+use http_body_util::{BodyExt as _, Full, StreamBody};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -281,6 +281,15 @@ async fn serve(mut routes: Routes, request: Request) -> Response {
 }
 
 impl Laid {
+    /// The request as it arrives even if the link is cut meanwhile. A stream of requests is never whole.
+    async fn whole(&self, request: Request) -> Result<Request, BoxError> {
+        if ["Watch", "LeaseKeepAlive"].contains(&self.method.as_str()) {
+            return Ok(request);
+        }
+        let (parts, body) = request.into_parts();
+        Ok(Request::from_parts(parts, Body::new(Full::new(body.collect().await?.to_bytes()))))
+    }
+
     async fn meet(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
@@ -294,6 +303,7 @@ impl Laid {
                 Err(Status::unavailable("the answer was lost by an injected fault").into())
             }
             Fault::Hold => {
+                let request = self.whole(request).await?;
                 // A request on its way arrives also when nobody waits for the answer any more.
                 let (laid, closing) = (self.clone(), shared.closing.clone());
                 let held = tokio::spawn(async move {

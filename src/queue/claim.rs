@@ -422,6 +422,7 @@ impl Drop for Hold {
 /// Ends a claim that lasts too long.
 async fn end_after(limit: Duration, core: Arc<Core>, facts: Arc<Owned>, tidy: TxnOp) {
     tokio::select! {
+        biased;
         () = facts.lost() => return,
         () = tokio::time::sleep(limit) => {}
     }

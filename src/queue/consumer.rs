@@ -68,6 +68,7 @@ async fn wait_for_work(
     let core = means.core.clone();
     loop {
         let ask = tokio::select! {
+            biased;
             () = core.closing.cancelled() => return,
             ask = inbox.recv() => ask,
         };
@@ -79,6 +80,7 @@ async fn wait_for_work(
             )
         };
         let opened = tokio::select! {
+            biased;
             () = core.closing.cancelled() => return,
             () = abandoned.cancelled() => return,
             opened = opened => opened,

@@ -140,6 +140,7 @@ impl Keepalives {
         let closing = self.closing.clone();
         self.rpc.runtime.spawn(async move {
             tokio::select! {
+                biased;
                 () = closing.cancelled() => {}
                 () = task.run() => {}
             }

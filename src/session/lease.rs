@@ -84,6 +84,7 @@ impl Keeper {
             tracing::warn!(lease = format_args!("{:x}", generation.lease), "lease lost");
             self.state.send_replace(SessionState::Lost { generation: generation.number });
             generation = tokio::select! {
+                biased;
                 next = Box::pin(self.replace(&generation)) => next,
                 () = self.closing.cancelled() => return Box::pin(self.revoke(&generation, true)).await,
             };
@@ -212,6 +213,7 @@ impl Keeper {
         let mut several = false;
         loop {
             tokio::select! {
+                biased;
                 Some(answer) = attempts.next() => return (answer, several),
                 () = tokio::time::sleep(PAUSE), if attempts.len() < MOST => {
                     self.rpc().endpoints.avoid(self.rpc().endpoints.current());
@@ -294,6 +296,7 @@ impl Keeper {
         while !self.application_lives() {
             self.suspend(generation);
             tokio::select! {
+                biased;
                 () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
                 () = tokio::time::sleep(patience) => {}
             }

@@ -142,12 +142,15 @@ where
         let mut unanswered = false;
         let mut backoff = Backoff::of_requests();
         let result = loop {
+            if !self.generation.is_alive() {
+                break Err(self.ended(unanswered));
+            }
             let attempt = tokio::select! {
                 biased;
                 () = answer.closed() => return self.give_up(slot, settle).await,
                 attempt = self.attempt(&mut slot, unanswered) => attempt,
-                // The slot is on the lease: no attempt can be applied any more.
-                () = self.generation.ended() => break Err(self.ended(unanswered)),
+                // The slot is on the lease, so no attempt can be applied any more; but the one under way may have been.
+                () = self.generation.ended() => break Err(self.ended(true)),
             };
             match attempt {
                 Ok(Some(done)) => break Ok(done),

@@ -63,10 +63,14 @@ impl Core {
         let mut unanswered = false;
         let mut backoff = Backoff::of_requests();
         loop {
+            if generation.is_some_and(|generation| !generation.is_alive()) {
+                return Err(ended(unanswered));
+            }
             let attempt = tokio::select! {
                 biased;
                 attempt = self.rpc.txn(key, txn.clone()) => attempt,
-                () = &mut over => return Err(ended(unanswered)),
+                // The attempt under way may have been applied.
+                () = &mut over => return Err(ended(true)),
                 () = self.closing.cancelled(), if generation.is_none() => return Err(Error::Closed),
             };
             match attempt {

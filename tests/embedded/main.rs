@@ -10,3 +10,4 @@ mod differential;
 mod etcdctl;
 mod server;
 mod simulation;
+mod unanswered;

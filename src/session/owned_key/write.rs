@@ -23,6 +23,9 @@ impl Owned {
         let mut unanswered = false;
         let mut backoff = Backoff::of_requests();
         loop {
+            if !self.generation.is_alive() {
+                return Err(self.unresolved(unanswered));
+            }
             let options = PutOptions::new().with_lease(self.generation.lease.get());
             let txn = Txn::new()
                 .when([Compare::mod_revision(self.key.clone(), CompareOp::Equal, *last)])
@@ -33,7 +36,8 @@ impl Owned {
                 // What is under way can only come before the first put of the next guard.
                 () = self.detached.cancelled() => return Err(self.unresolved(true)),
                 attempt = self.core.rpc.txn(&self.key, txn) => attempt,
-                () = self.generation.ended() => return Err(self.unresolved(unanswered)),
+                // The attempt under way may have been applied.
+                () = self.generation.ended() => return Err(self.unresolved(true)),
             };
             match attempt {
                 Ok(response) if response.succeeded() => {

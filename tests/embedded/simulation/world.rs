@@ -97,6 +97,13 @@ async fn observe(server: &Server, history: Arc<Mutex<String>>, began: Instant) -
                 let (at, revision, key) = (began.elapsed(), kv.mod_revision(), kv.key().escape_ascii());
                 let mut history = history.lock().unwrap();
                 let _ = writeln!(history, "{at:?} {revision} {what} {key} {}", kv.lease());
+                if std::env::var_os("TRACE").is_some() {
+                    eprintln!(
+                        "{at:?} {revision} {what} {key}={} {:x}",
+                        kv.value().escape_ascii(),
+                        kv.lease()
+                    );
+                }
             }
         }
     })
