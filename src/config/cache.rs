@@ -143,6 +143,7 @@ impl Cache {
     /// Follows the prefix until the session or the cache ends.
     pub(super) async fn run(self: Arc<Self>, core: Arc<Core>, dropped: CancellationToken) {
         tokio::select! {
+            biased;
             () = dropped.cancelled() => {}
             () = self.follow(&core) => {}
         }

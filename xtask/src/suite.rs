@@ -20,14 +20,12 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
     let etcds = etcd::all(root)?;
     let cargo = Cargo::new(root)?;
     // The suite runs the examples as programs.
-    cargo.must(&["build", "--workspace", "--examples", "--features", "tonic"], &[])?;
+    cargo.must(&["build", "--workspace", "--examples"], &[])?;
 
     let full = args.full || std::env::var_os(FULL).is_some();
     let extent = if full { "full" } else { "not full" };
     let mut results = Vec::new();
-    for (what, part) in
-        [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])]
-    {
+    for (what, part) in [("unit tests", &["--lib", "--bins"][..]), ("doc tests", &["--doc"])] {
         announce(what);
         let mut command = vec!["test", "--workspace", "--no-fail-fast"];
         command.extend(part);
