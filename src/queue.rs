@@ -63,6 +63,7 @@ use crate::error::{Error, Result};
 use crate::name;
 use crate::session::Session;
 use crate::session::expiring::Expiring;
+use crate::session::queues::Used;
 
 /// A queue shared by everybody who uses its name on one etcd cluster.
 ///
@@ -94,6 +95,8 @@ pub struct Queue {
 struct Shared {
     name: Vec<u8>,
     keys: Arc<Keys>,
+    /// Keeps the name from being used for something else.
+    _used: Arc<Used>,
     bound: Option<i64>,
     max_attempts: Option<u32>,
     time_limit: Option<Duration>,
@@ -123,7 +126,7 @@ impl Queue {
     /// # Errors
     ///
     /// [`Error::InvalidName`] if the name is empty, longer than 1,024 bytes, contains a NUL, or meets the session's
-    /// namespace.
+    /// namespace, or if this session uses one above or below it, or the same for a lock or an election.
     pub fn new(session: &Session, name: impl AsRef<[u8]>) -> Result<Self> {
         Self::builder(session, name).build()
     }
@@ -442,6 +445,7 @@ impl QueueBuilder {
         let keys = Arc::new(Keys::new(&self.session.core().namespace, &self.name)?);
         let shared = Shared {
             name: self.name,
+            _used: self.session.core().use_queue(&keys.items)?,
             keys,
             bound: self.bound.map(i64::from),
             max_attempts: self.max_attempts,

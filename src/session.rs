@@ -26,6 +26,7 @@ pub(crate) mod line;
 pub(crate) mod once;
 pub(crate) mod owned_key;
 pub(crate) mod participant;
+pub(crate) mod queues;
 pub(crate) mod removal;
 pub(crate) mod rpc;
 pub(crate) mod runtime;
@@ -47,6 +48,7 @@ use self::builder::{Connections, Options};
 use self::generation::{Current, Generation};
 use self::kept::Kept;
 use self::line::Line;
+use self::queues::Queues;
 use self::rpc::Rpc;
 use self::runtime::Runtime;
 use self::transport::Transport;
@@ -102,6 +104,7 @@ pub(crate) struct Core {
     pub(crate) options: Arc<Options>,
     transport: Arc<Transport>,
     pub(crate) lines: Mutex<BTreeMap<Prefix, Weak<Line>>>,
+    pub(crate) queues: Queues,
     /// Made with the first key, since most sessions keep none.
     pub(crate) kept: OnceLock<Kept>,
     client: Arc<Client>,

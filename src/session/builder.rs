@@ -10,6 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::endpoints::{self, Endpoints};
 use super::generation::Current;
 use super::lease::{self, Keeper, Liveness};
+use super::queues::Queues;
 use super::rpc::Rpc;
 use super::runtime::Runtime;
 use super::transport::Transport;
@@ -327,6 +328,7 @@ impl Begun {
             options,
             transport,
             lines: Mutex::default(),
+            queues: Queues::default(),
             kept: OnceLock::new(),
             client,
             current: self.current,

@@ -128,7 +128,7 @@ impl Line {
             return Err(Error::InvalidName { name: name::display(name), reason });
         }
         let nested = |(other, line): (&Prefix, &Weak<Self>)| prefix.nested(other) && line.strong_count() > 0;
-        if Self::relatives(&lines, &prefix).any(nested) {
+        if Self::relatives(&lines, &prefix).any(nested) || core.queues.meet(&prefix) {
             let reason =
                 "another name in use by this session is the same up to a '/', and the two would be one line";
             return Err(Error::InvalidName { name: name::display(name), reason });

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use etcd_client::GetOptions;
-use etcd_recipes::{Error, Queue, Session};
+use etcd_recipes::{Error, Mutex, Queue, Session};
 
 use super::{SHORT, books, dequeue, queue, text};
 use crate::support::check::{eventually, scoped};
@@ -211,6 +211,18 @@ async fn unusable_names_and_options_are_refused() {
         for name in [&b""[..], b"a\0b", &[b'x'; 1025], b"_etcd-recipes", b"_etcd-recipes/queue/a/work"] {
             assert!(matches!(Queue::new(&session, name), Err(Error::InvalidName { .. })), "{name:?}");
         }
+        // Names whose keys would be within each other's.
+        let used = queue(&session, scope);
+        let _again = queue(&session, scope);
+        for name in [scope.key("below"), format!("{}/", scope.name())] {
+            assert!(matches!(Queue::new(&session, &name), Err(Error::InvalidName { .. })), "{name}");
+            assert!(matches!(Mutex::new(&session, &name), Err(Error::InvalidName { .. })), "{name}");
+        }
+        assert!(matches!(Mutex::new(&session, scope.name()), Err(Error::InvalidName { .. })));
+        drop((used, _again));
+        let mutex = Mutex::new(&session, scope.key("below")).unwrap();
+        assert!(matches!(Queue::new(&session, scope.name()), Err(Error::InvalidName { .. })));
+        drop(mutex);
         let builder = || Queue::builder(&session, scope.name());
         for wrong in [
             builder().bound(0),
