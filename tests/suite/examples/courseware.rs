@@ -173,7 +173,6 @@ async fn server_whose_address_is_registered_by_another_gives_way() {
         scope.client().put(format!("services/{}/{}", scope.name(), first.address), "{}", None).await.unwrap();
         first.program.line("superseded").await;
         assert_eq!(first.program.code().await, 1);
-        first.program.line("courseware_server: the registration").await;
         scope.client().delete(format!("services/{}/{}", scope.name(), first.address), None).await.unwrap();
     })
     .await;
