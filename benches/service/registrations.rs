@@ -58,12 +58,12 @@ impl Bench {
         let rounds = Rounds::run(count, async || self.register().await, async || self.put().await).await?;
         let seconds = |secs: f64| format!("{secs:.3} s");
         let each = median(&rounds.measured, |line| line.rpc_unary_per_op);
-        let leases = median(&rounds.measured, |line| line.count("unary/LeaseGrant") * self.count as f64);
+        let leases = median(&rounds.measured, |line| line.extra("leases"));
         let origin = || "etcd's metrics".to_owned();
         Ok(vec![
             Some(rounds.ratio(|line| line.secs, seconds)),
             Some(Figure { value: each, origin: origin() }),
-            Some(Figure { value: leases.round(), origin: origin() }),
+            Some(Figure { value: leases, origin: origin() }),
         ])
     }
 
@@ -132,6 +132,7 @@ impl Bench {
     async fn keepalives(&self) -> Result<Vec<Option<Figure>>> {
         let session = Session::builder([&self.endpoint]).ttl(TTL).connect().await?;
         let all = self.register_on(&session, &fresh("service")).await?;
+        tokio::time::sleep(SETTLE).await;
         let thirds = if self.quick { 2_u32 } else { 6 };
         let before = counters::read(&self.metrics).await?;
         tokio::time::sleep(TTL / 3 * thirds).await;
@@ -178,8 +179,11 @@ impl Bench {
     }
 
     fn line(&self, secs: f64, counted: counters::Counters) -> Line {
+        let leases = counted.get("unary/LeaseGrant").copied().unwrap_or_default();
         let measured = Measured { secs, ops: self.count as u64, counted, ..Measured::default() };
-        Line::new(PEER, "registry".into(), json!({ "n": self.count }), measured)
+        let mut line = Line::new(PEER, "registry".into(), json!({ "n": self.count }), measured);
+        line.extra.insert("leases".into(), json!(leases));
+        line
     }
 }
 
