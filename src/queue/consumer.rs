@@ -3,7 +3,7 @@
 //! It keeps two views: of the items, without their values, and of what consumers note about them. So it knows what is to
 //! be had, and asks etcd only to take or claim: the cost of an item does not depend on the length of the queue.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -110,7 +110,7 @@ struct Task {
     /// How many candidates were tried in vain lately.
     reach: usize,
     /// Our claims, to be told when they are gone.
-    claims: HashMap<Vec<u8>, Weak<Owned>>,
+    claims: BTreeMap<Vec<u8>, Weak<Owned>>,
     /// The key that says that we wait.
     place: Place,
     waited: Instant,
@@ -171,7 +171,7 @@ impl Task {
             under_way: FuturesUnordered::new(),
             kept: VecDeque::new(),
             reach: 0,
-            claims: HashMap::new(),
+            claims: BTreeMap::new(),
             place: Place::None,
             waited: now,
             paused: None,

@@ -1,6 +1,6 @@
 //! Dead letters: items that were given up.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp};
@@ -74,7 +74,7 @@ pub(super) fn bury(keys: &Keys, candidate: &Candidate, value: &[u8], why: &Why, 
 
 /// Reads all letters, the oldest first.
 pub(super) async fn list(session: &Session, keys: &Keys) -> Result<Vec<DeadLetter>> {
-    let mut reasons = HashMap::new();
+    let mut reasons = BTreeMap::new();
     let start = keys.dead_why(b"");
     for (key, value, _) in read(session, &start).await? {
         let why = keys::read::<Why>(&value);

@@ -4,7 +4,7 @@
 //! tried. An item that was tried in vain was changed by somebody, and the change has been told already or will be; so it
 //! is left out until it is told, and no item is forgotten.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -24,11 +24,11 @@ pub(crate) struct Shelf {
     /// What is to be had, in commit order, and from when on by this consumer.
     ready: BTreeMap<Place, Instant>,
     /// What is known of items beside themselves, by id.
-    notes: HashMap<Vec<u8>, Note>,
+    notes: BTreeMap<Vec<u8>, Note>,
     /// The items that rest, by when they are to be looked at again.
     resting: BTreeSet<(Instant, Vec<u8>)>,
     /// Candidates of requests under way, and whether something was told of them since.
-    tried: HashMap<Vec<u8>, bool>,
+    tried: BTreeMap<Vec<u8>, bool>,
     pub(crate) turns: Turns,
     /// The key of this consumer, once it has one.
     pub(crate) me: Option<Vec<u8>>,
@@ -67,9 +67,9 @@ impl Shelf {
         Self {
             keys,
             ready: BTreeMap::new(),
-            notes: HashMap::new(),
+            notes: BTreeMap::new(),
             resting: BTreeSet::new(),
-            tried: HashMap::new(),
+            tried: BTreeMap::new(),
             turns: Turns::default(),
             me: None,
         }

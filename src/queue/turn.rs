@@ -5,7 +5,7 @@
 //! first, then by a hash. The first tries at once, the others after a while, if the item is still there then. A wrong
 //! guess costs a request or a moment, never an item.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ const MOST: Duration = Duration::from_millis(250);
 pub(crate) struct Turns {
     /// By key, with the lease.
     consumers: BTreeSet<(Vec<u8>, i64)>,
-    claims: HashMap<i64, usize>,
+    claims: BTreeMap<i64, usize>,
 }
 
 impl Turns {
@@ -87,7 +87,7 @@ mod tests {
     fn exactly_one_tries_at_once_and_each_has_its_share() {
         let consumers = ["a", "b", "c", "d"];
         let turns = turns(&consumers);
-        let mut shares = HashMap::new();
+        let mut shares = BTreeMap::new();
         for item in 0..4000 {
             let first = first(&turns, item, &consumers);
             assert_eq!(first.len(), 1);

@@ -1,6 +1,6 @@
 //! The task that looks after all kept keys of a session.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,8 +30,8 @@ pub(super) struct Task {
     core: Arc<Core>,
     inbox: UnboundedReceiver<Command>,
     commands: UnboundedSender<Command>,
-    keys: HashMap<Arc<[u8]>, Key>,
-    prefixes: HashMap<Arc<Prefix>, Watched>,
+    keys: BTreeMap<Arc<[u8]>, Key>,
+    prefixes: BTreeMap<Arc<Prefix>, Watched>,
     /// Some prefix wants a watch.
     wanting: bool,
     /// Keys that may have something to write. Empty while there is no generation.
@@ -87,8 +87,8 @@ impl Task {
             core,
             inbox,
             commands,
-            keys: HashMap::new(),
-            prefixes: HashMap::new(),
+            keys: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
             wanting: false,
             ready: VecDeque::new(),
             generation: None,
@@ -197,7 +197,7 @@ impl Task {
         }
         if self.keys.is_empty() {
             // What ten thousand keys needed, one does not.
-            self.keys = HashMap::new();
+            self.keys = BTreeMap::new();
         }
     }
 
@@ -323,7 +323,7 @@ impl Task {
                 }
             }
             Told::List(found, at) => {
-                let found: HashMap<&[u8], &KeyFacts> =
+                let found: BTreeMap<&[u8], &KeyFacts> =
                     found.iter().map(|facts| (&*facts.key, facts)).collect();
                 let ours = self.keys.iter_mut().filter(|(_, key)| key.prefix == heard.prefix);
                 let next = ours
