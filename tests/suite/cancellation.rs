@@ -7,6 +7,7 @@ mod enter;
 mod guards;
 mod locks;
 mod queues;
+mod services;
 mod sessions;
 mod sources;
 mod stage;
@@ -101,6 +102,15 @@ table! {
     "ConfigCache::publish_if": configs::dropped_publish_with_a_condition;
     "ConfigCache::delete": configs::dropped_delete_of_a_key;
     "ConfigCache::delete_if": configs::dropped_delete_with_a_condition;
+
+    "Services::register": services::dropped_register_is_undone;
+    "Registration::update": services::dropped_update_keeps_the_registration;
+    "Registration::deregister": services::dropped_deregister_goes_on;
+    "Registration::drain": services::dropped_drain_deregisters;
+    "Registration::superseded": services::dropped_superseded_does_nothing;
+    "DiscoveryBuilder::open": services::dropped_open_of_a_discovery;
+    "Discovery::ready": services::dropped_ready_of_a_discovery;
+    "Discovery::changes": services::dropped_next_change_of_a_discovery_is_not_lost;
 }
 
 #[test]
