@@ -1,5 +1,6 @@
 //! Coordination for services on an [etcd](https://etcd.io) v3 cluster: one shared [`Session`], and on it a fair
-//! [`Mutex`] with fencing, leader [`Election`] and a work [`Queue`].
+//! [`Mutex`] with fencing, leader [`Election`], a work [`Queue`], a [`ConfigCache`], and registration and discovery of
+//! [services](service). For development and tests, the feature `embedded` brings an etcd that runs in the process.
 //!
 //! # Which one to take
 //!
@@ -58,6 +59,10 @@
 //!   can take effect, and a copy that arrives late takes none.
 //! - **Registrations heal, and give way.** One comes back by itself when its lease or key is lost, and never takes the
 //!   place of a newer one of the same id.
+//! - **An item is acked once.** Whoever dies over a claimed item loses it to the next, and whoever lost it is refused;
+//!   [`Claim::ack_with`] makes its effect and the ack one transaction.
+//! - **What is known stays.** While etcd is away, configuration and instances are served as they were last known, and say
+//!   since when they may be old.
 //! - **Every future may be dropped.** No key, no task and no place in line is left behind; each method says so under
 //!   "Cancel safety".
 //!

@@ -1,10 +1,10 @@
 //! Locks that are lost, and what that does to those who thought they held them.
 
 use anyhow::{Context as _, Result, ensure};
-use etcd_recipes::etcd_client::{Client, Txn, TxnOp};
+use etcd_recipes::etcd_client::{Txn, TxnOp};
 use etcd_recipes::{Mutex, SessionState};
 
-use super::{Cast, chapter, lease, see, tell};
+use super::{Cast, chapter, is_lost, lease, read, see, tell};
 
 /// An operator deletes the key of Alice's lock.
 pub(crate) async fn delete_key(cast: &mut Cast) -> Result<()> {
@@ -79,13 +79,4 @@ pub(crate) async fn revoke_lease(cast: &mut Cast) -> Result<()> {
     see(&format!("alice has the lock again, with the token {} after {token}", again.token()));
     again.unlock().await?;
     Ok(())
-}
-
-async fn read(client: &mut Client, key: &str) -> Result<String> {
-    let answer = client.get(key, None).await?;
-    Ok(answer.kvs().first().context("there is no such key")?.value_str()?.to_owned())
-}
-
-fn is_lost<T>(result: etcd_recipes::Result<T>) -> bool {
-    result.is_err_and(|error| error.is_lost())
 }

@@ -1,13 +1,17 @@
-//! A tour of the crate: sessions, locks, what happens when they are lost, and elections, told step by step.
+//! A tour of the crate: sessions, locks, what happens when they are lost, elections, queues, configuration and services,
+//! told step by step.
 //!
 //! Everything happens in this one process; Alice, Bob and Carol are sessions like those of three machines. Each step
 //! checks what it says, so the tour is a test as well.
 
+mod config;
 mod election;
 mod lock;
 mod loss;
+mod queue;
 #[path = "../common/reach.rs"]
 mod reach;
+mod service;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -17,7 +21,8 @@ use clap::Parser;
 use etcd_recipes::etcd_client::{Client, DeleteOptions};
 use etcd_recipes::{Session, SessionState};
 
-/// Shows sessions, locks and elections on etcd, step by step, in a few seconds.
+/// Shows all recipes on etcd, step by step, in a few seconds: locks, elections, a queue, a
+/// configuration, services.
 ///
 /// Writes below a name of its own and removes it again. With RUST_LOG=info the library tells its
 /// side on standard error.
@@ -76,6 +81,10 @@ async fn tour(args: &Args) -> Result<()> {
     loss::delete_key(&mut cast).await.context("in the chapter about fencing")?;
     loss::revoke_lease(&mut cast).await.context("in the chapter about a lost lease")?;
     election::change_leader(&cast).await.context("in the chapter about elections")?;
+    queue::deliver(&mut cast).await.context("in the chapter about a queue")?;
+    queue::give_up(&cast).await.context("in the chapter about dead letters")?;
+    config::publish(&mut cast).await.context("in the chapter about a configuration")?;
+    service::come_and_go(&mut cast).await.context("in the chapter about a service")?;
     part(cast).await
 }
 
@@ -85,16 +94,22 @@ async fn meet(endpoints: &[String]) -> Result<Cast> {
     tell(
         "A session is one lease at etcd, kept alive in the background. Whatever a session holds goes when it goes.",
     );
-    // So short only for the tour: when a lease is lost, a session finds out within a third of its TTL.
+    let name = format!("tour-{:016x}", fastrand::u64(..));
     let connect = async |who: &str| {
-        Session::builder(endpoints).ttl(Duration::from_secs(3)).identity(who).connect().await
+        Session::builder(endpoints)
+            // So short only for the tour: when a lease is lost, a session finds out within a third of its TTL.
+            .ttl(Duration::from_secs(3))
+            .identity(who)
+            // Below the name as well, so that the end of the tour sees whether anything is left.
+            .namespace(format!("{name}/_etcd-recipes/"))
+            .connect()
+            .await
     };
     let (alice, bob, carol) = (connect("alice").await?, connect("bob").await?, connect("carol").await?);
     for (who, session) in [("alice", &alice), ("bob", &bob), ("carol", &carol)] {
         ensure!(session.state() == SessionState::Connected { generation: 1 }, "{who} is not connected");
         see(&format!("{who:5}  lease {:016x}  {:?}", lease(session)?, session.state()));
     }
-    let name = format!("tour-{:x}", lease(&alice)?);
     Ok(Cast { operator: alice.client(), alice, bob, carol, name })
 }
 
@@ -118,6 +133,15 @@ async fn part(mut cast: Cast) -> Result<()> {
 
 fn lease(session: &Session) -> Result<i64> {
     session.lease_id().context("a session has no lease")
+}
+
+async fn read(client: &mut Client, key: &str) -> Result<String> {
+    let answer = client.get(key, None).await?;
+    Ok(answer.kvs().first().context("there is no such key")?.value_str()?.to_owned())
+}
+
+fn is_lost<T>(result: etcd_recipes::Result<T>) -> bool {
+    result.is_err_and(|error| error.is_lost())
 }
 
 /// Begins a chapter.
