@@ -1,5 +1,6 @@
 //! Processes that use the recipes on virtual time, with faults drawn from a seed. What must hold is checked while they
-//! run and after; a seed that failed replays exactly: `SEED=… cargo test --test embedded simulation`.
+//! run and after. `SEED=… cargo test --test embedded simulation` runs one again: the same faults at the same times, but
+//! whoever waits for the same thing may be woken in another order, so that a rare failure may take a few runs.
 
 mod faults;
 mod locks;
