@@ -111,7 +111,9 @@ impl Server {
         let address = listener.local_addr()?;
         let server = Self::serve(&format!("http://{address}"), Some(address));
         let closing = server.services.closing.clone();
+        // HTTP/1 is for `/health`.
         let serve = tonic::transport::Server::builder()
+            .accept_http1(true)
             .add_routes(routes(&server.services))
             .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
                 closing.cancelled().await;

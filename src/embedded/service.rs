@@ -21,6 +21,7 @@ use etcd_client::proto::{
 };
 use futures::Stream;
 use futures::stream::unfold;
+use http_body_util::Full;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -60,6 +61,9 @@ pub(super) fn routes(services: &Services) -> Routes {
         .add_service(PbMaintenanceServer::new(all()))
         .add_service(PbClusterServer::new(all()));
     let others = |uri: http::Uri| async move {
+        if uri.path() == "/health" {
+            return http::Response::new(Body::new(Full::from(r#"{"health":"true","reason":""}"#)));
+        }
         let method = uri.path().trim_start_matches("/etcdserverpb.").to_owned();
         not_served(&method).into_http::<Body>()
     };
