@@ -35,28 +35,47 @@ async fn compare(seed: u64, operations: usize) {
     let mut real = Side::new(real.client().await).await;
     let mut ours = Side::new(embedded.client().await.unwrap()).await;
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut revision = 1;
+    let (mut revision, mut compacted) = (1, 0);
     for number in 0..operations {
         let operation = Operation::random(&mut random, revision);
         if operation.needs_quiet() {
-            same_events(seed, number, &events(&mut real, &mut ours).await);
+            same_events(seed, number, &events(&mut real, &mut ours, compacted).await);
             if matches!(operation, Operation::Compact(_)) {
                 real.observer.cancel_all().await;
                 ours.observer.cancel_all().await;
             }
         }
         let theirs = operation.run(&mut real.client, &mut real.observer).await;
+        if let Operation::Compact(at) = operation
+            && theirs.what.is_empty()
+        {
+            compacted = at;
+        }
         let answer = operation.run(&mut ours.client, &mut ours.observer).await;
         revision = answer.revision.max(revision);
         same(seed, number, &operation, &(theirs, answer));
     }
-    same_events(seed, operations, &events(&mut real, &mut ours).await);
+    same_events(seed, operations, &events(&mut real, &mut ours, compacted).await);
 }
 
 /// What both sides were told since the last time.
-async fn events(real: &mut Side, ours: &mut Side) -> (observer::Told, observer::Told) {
-    let expected = ours.observer.told().await;
+async fn events(real: &mut Side, ours: &mut Side, compacted: i64) -> (observer::Told, observer::Told) {
+    let mut expected = ours.observer.told().await;
+    if forgets_deletions() {
+        let forgotten = format!("create_revision: 0, mod_revision: {compacted},");
+        for told in expected.values_mut() {
+            told.retain(|event| !event.contains(&forgotten));
+        }
+        expected.retain(|_, told| !told.is_empty());
+    }
     (real.observer.told_at_least(&expected).await, expected)
+}
+
+/// Up to 3.4.33 and 3.5.15 a watch that starts at the very revision of a compaction is not told of a deletion there (etcd
+/// issue 18089). The embedded server tells it.
+fn forgets_deletions() -> bool {
+    let version = support::binaries::binaries().version;
+    version < (3, 4, 34) || ((3, 5, 0)..(3, 5, 16)).contains(&version)
 }
 
 fn same<T: Debug + PartialEq>(seed: u64, number: usize, operation: &impl Debug, both: &(T, T)) {
