@@ -116,6 +116,16 @@ impl Keys {
         };
         Self { key: first, end }
     }
+
+    /// The same, but never all keys from one on: of such a deletion etcd does not see that a put of the same transaction
+    /// meets it, and ends itself when it does.
+    fn closed(random: &mut Rng) -> Self {
+        let mut keys = Self::random(random);
+        if keys.end == b"\0" {
+            keys.end.clear();
+        }
+        keys
+    }
 }
 
 impl Operation {
@@ -248,9 +258,8 @@ fn nested(random: &mut Rng, revision: i64, depth: usize) -> Nested {
         (0..random.usize(..4))
             .map(|_| match random.u8(..10) {
                 0..3 => Step::Range(range(random, revision)),
-                // etcd ends itself when a transaction deletes a key whose value or lease a put of it wants to keep.
                 3..7 => Step::Put(Put { ignore_value: false, ignore_lease: false, ..put(random) }),
-                7..9 => Step::Delete(Delete { keys: Keys::random(random), prev: random.bool() }),
+                7..9 => Step::Delete(Delete { keys: Keys::closed(random), prev: random.bool() }),
                 _ if depth == 0 => Step::Range(range(random, revision)),
                 _ => Step::Txn(nested(random, revision, depth - 1)),
             })
