@@ -69,9 +69,7 @@ pub(super) async fn put(
         };
         let once_key = once.map(|(id, _)| keys.once(id)).zip(lease);
         let batch = Batch::new(session.core(), keys, values.clone(), once_key, bound);
-        let (session_of_task, keys_of_task) = (session.clone(), keys.clone());
-        let work = async move { batch.put(&session_of_task, &keys_of_task).await };
-        match (session.core().to_the_end(work).await, once.zip(lease)) {
+        match (batch.put(session, keys).await, once.zip(lease)) {
             // Somebody revoked the lease of the record.
             (Err(Error::Etcd { source, .. }), Some(((_, leases), lease))) if is_lease_gone(&source) => {
                 leases.forget(lease).await;
@@ -125,19 +123,19 @@ impl Batch {
     }
 
     /// `None` if the keys are taken, by chance.
-    async fn put(self, session: &Session, keys: &Keys) -> Result<Option<Put>> {
+    async fn put(self, session: &Session, keys: &Arc<Keys>) -> Result<Option<Put>> {
         let Some((key, _)) = self.items.first().cloned() else { return Ok(Some(Put::Done(0))) };
         let (batch, all) = (self.clone(), keys.items.clone());
         let body = move |record: &Record<'_>| batch.txn(&all, record);
-        let done = session.once(&key, body, |done| done).await?;
-        if done.record != PUT.as_bytes() {
-            return self.refused(session.core()).await;
+        let (batch, core, keys) = (self.clone(), session.core().clone(), keys.clone());
+        let settle = move |done| Written { check: Some(Check { batch, core, keys, done }) };
+        match session.once(&key, body, settle).await?.check() {
+            Some(check) if check.done.record == PUT.as_bytes() => {
+                let core = check.core.clone();
+                core.to_the_end(check.run()).await.map(Some)
+            }
+            _ => self.refused(session.core()).await,
         }
-        let Some(bound) = self.bound else { return Ok(Some(Put::Done(done.revision))) };
-        if self.count(session.core(), keys, &done).await? <= bound {
-            return Ok(Some(Put::Done(done.revision)));
-        }
-        self.withdraw(session.core(), keys, done.revision).await.map(Some)
     }
 
     fn txn(&self, all: &name::Prefix, record: &Record<'_>) -> Txn {
@@ -196,6 +194,52 @@ impl Batch {
             Removed::Now => Ok(Put::Full),
             Removed::Not { unanswered: false, .. } => Ok(Put::Done(revision)),
             Removed::Not { .. } => Err(Error::OutcomeUnknown { key: name::display(first) }),
+        }
+    }
+}
+
+/// What was written for a call. Should the call be gone, the bound is looked after all the same.
+struct Written {
+    check: Option<Check>,
+}
+
+/// A batch that is in the queue, and perhaps over its bound.
+struct Check {
+    batch: Batch,
+    core: Arc<Core>,
+    keys: Arc<Keys>,
+    done: Done,
+}
+
+impl Written {
+    fn check(mut self) -> Option<Check> {
+        self.check.take()
+    }
+}
+
+impl Drop for Written {
+    fn drop(&mut self) {
+        if let Some(check) = self.check.take()
+            && check.batch.bound.is_some()
+            && check.done.record == PUT.as_bytes()
+        {
+            check.core.clone().runtime.spawn(async move {
+                if let Err(error) = check.run().await {
+                    tracing::warn!(%error, "a queue may stay over its bound");
+                }
+            });
+        }
+    }
+}
+
+impl Check {
+    async fn run(self) -> Result<Put> {
+        let Self { batch, core, keys, done } = self;
+        match batch.bound {
+            Some(bound) if batch.count(&core, &keys, &done).await? > bound => {
+                batch.withdraw(&core, &keys, done.revision).await
+            }
+            _ => Ok(Put::Done(done.revision)),
         }
     }
 }

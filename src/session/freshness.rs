@@ -30,9 +30,9 @@ impl Freshness {
         Self { runtime, facts: Arc::new(facts), stream }
     }
 
-    /// A list was read, or a watch was taken up, now.
-    pub(super) fn proved(&self) {
-        self.facts.proved.fetch_max(self.runtime.now().0, Ordering::Relaxed);
+    /// A list was read that was asked for at this time.
+    pub(super) fn proved(&self, asked: Time) {
+        self.facts.proved.fetch_max(asked.0, Ordering::Relaxed);
         self.facts.stale.store(0, Ordering::Release);
     }
 

@@ -275,7 +275,7 @@ impl Keeper {
                 () = generation.ended() => return false,
                 () = runtime.sleep_until(next) => {}
             }
-            next = runtime.now().after(third - runtime.jitter(third / 10));
+            next = runtime.now().after(third);
             tokio::select! {
                 biased;
                 () = self.closing.cancelled() => return true,

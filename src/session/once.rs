@@ -48,7 +48,6 @@ pub(crate) struct Done {
 }
 
 impl Session {
-    #[allow(dead_code)] // The recipes whose writes outlive a generation come next.
     /// Writes as [`Core::once`], in this generation or the next. Waits for a generation if there is none.
     pub(crate) async fn once<T, B, S>(&self, key: &[u8], body: B, settle: S) -> Result<T>
     where
@@ -159,10 +158,17 @@ where
                     break Err(self.lease_gone(&mut slot, source, unanswered).await);
                 }
                 Err(Failure::Refused(error)) if !unanswered => break Err(error),
-                Err(Failure::Refused(_)) => {
+                // Without space the slot cannot be moved, so it stays open what an earlier attempt does.
+                Err(Failure::Refused(Error::NoSpace { .. })) => {
                     let _ = answer.send(Err(self.ended(true)));
                     return self.give_up(slot, settle).await;
                 }
+                // An earlier attempt may have been applied, or may be yet.
+                Err(Failure::Refused(error)) => match self.fence(&mut slot).await {
+                    Fenced::Applied(done) => break Ok(done),
+                    Fenced::Never => break Err(error),
+                    Fenced::Ended => break Err(self.ended(true)),
+                },
                 Err(failure) => {
                     unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
                     tokio::select! {

@@ -40,7 +40,6 @@ pub(crate) struct Batch {
     pub(crate) revision: i64,
     pub(crate) changes: Vec<Change>,
     /// Derived from a new list: states in between were missed.
-    #[allow(dead_code, reason = "for the config cache")]
     pub(crate) listed: bool,
 }
 
@@ -140,10 +139,11 @@ impl View {
 
     /// Reads everything and goes on from there; tells what is different.
     async fn list(&mut self) -> Result<Vec<Change>> {
+        let asked = self.core.runtime.now();
         let (entries, revision) = list::list(&self.core, &self.prefix, self.values, &self.entries).await?;
         let changes = differences(&self.entries, &entries);
         (self.entries, self.revision) = (entries, revision);
-        self.freshness.proved();
+        self.freshness.proved(asked);
         let range = Range::prefix(&self.prefix);
         self.watch = Some(self.core.changes.follow(&range, revision, self.freshness.clone()));
         Ok(changes)

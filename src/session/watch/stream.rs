@@ -12,7 +12,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Kind, Message, Request, Shared, Watch};
-use crate::session::freshness::Freshness;
 use crate::session::rpc::{self, Failure, revision};
 use crate::session::runtime::Backoff;
 
@@ -267,7 +266,10 @@ impl Task {
                 }
                 // The member is behind, or the store is a restored backup.
                 Some(told) if header < told => return Heard::Older,
-                Some(_) => watch.freshness.iter().for_each(Freshness::proved),
+                Some(_) => {
+                    let now = self.shared.rpc.runtime.now();
+                    watch.freshness.iter().for_each(|freshness| freshness.proved(now));
+                }
             }
             return Heard::Fine;
         }
