@@ -316,7 +316,10 @@ impl Keeper {
                         }
                         return alive;
                     }
-                    Beat::Gone => return false,
+                    Beat::Gone => {
+                        tracing::warn!("etcd says that the lease is gone");
+                        return false;
+                    }
                     Beat::Nothing if beats.is_empty() => {
                         next = tokio::time::sleep(backoff.pause(runtime)).boxed();
                     }
