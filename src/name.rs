@@ -159,7 +159,7 @@ fn deepest(txn: &PbTxnRequest) -> usize {
 }
 
 /// The bytes of keys and values.
-pub(crate) fn txn_bytes(txn: &PbTxnRequest) -> usize {
+fn txn_bytes(txn: &PbTxnRequest) -> usize {
     let operation = |op: &PbTxnRequestOp| match &op.request {
         Some(PbTxnOpRequest::RequestPut(put)) => put.key.len() + put.value.len(),
         Some(PbTxnOpRequest::RequestRange(range)) => range.key.len() + range.range_end.len(),

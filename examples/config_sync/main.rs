@@ -9,6 +9,8 @@
 //! While etcd is away, file and HTTP keep the last known values.
 
 mod http;
+#[path = "../common/reach.rs"]
+mod reach;
 
 use std::fs::Permissions;
 use std::io::Write as _;
@@ -48,8 +50,9 @@ const CONNECTING: Duration = Duration::from_secs(30);
 #[derive(Debug, Parser)]
 #[command(name = "config_sync", verbatim_doc_comment)]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:2379")]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// The prefix, with or without a slash at its end.
@@ -91,7 +94,8 @@ async fn run(args: Args) -> Result<()> {
             stop.cancel();
         });
     }
-    let connect = Session::builder(&args.endpoints).connect_timeout(CONNECTING).connect();
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let connect = Session::builder(endpoints).connect_timeout(CONNECTING).connect();
     let Some(session) = stop.run_until_cancelled(connect).await else { return Ok(()) };
     let session = session?;
     let synced = stop.run_until_cancelled(sync(&args, &session)).await;

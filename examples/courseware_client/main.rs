@@ -2,6 +2,8 @@
 
 #[path = "../courseware_proto/mod.rs"]
 mod proto;
+#[path = "../common/reach.rs"]
+mod reach;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,8 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug, Parser)]
 #[command(name = "courseware_client", verbatim_doc_comment)]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:2379")]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// The name of the service.
@@ -98,7 +101,8 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: &Args) -> Result<()> {
-    let session = Session::connect(&args.endpoints).await?;
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let session = Session::connect(endpoints).await?;
     let discovery = Services::new(&session).discover(&args.service).open().await?;
     discovery.ready().await?;
     println!("ready");

@@ -8,6 +8,8 @@
 
 #[path = "../courseware_proto/mod.rs"]
 mod proto;
+#[path = "../common/reach.rs"]
+mod reach;
 mod teach;
 
 use std::net::SocketAddr;
@@ -47,8 +49,9 @@ const ENDING: Duration = Duration::from_secs(5);
 #[derive(Debug, Parser)]
 #[command(name = "courseware_server", verbatim_doc_comment)]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:2379")]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// Where to listen, and what others connect to.
@@ -92,7 +95,8 @@ async fn run(args: &Args) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let listener = TcpListener::bind((args.host.as_str(), args.port)).await.context("cannot listen")?;
     let address = listener.local_addr()?;
-    let session = Session::builder(&args.endpoints);
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let session = Session::builder(endpoints);
     let session = session.ttl(Duration::from_secs(args.ttl)).connect().await?;
     println!("serving {address}");
 

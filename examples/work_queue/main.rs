@@ -10,6 +10,8 @@
 //! its machine dies, it is delivered again, and after its last attempt it is put among the dead letters.
 
 mod handler;
+#[path = "../common/reach.rs"]
+mod reach;
 
 use std::ffi::OsString;
 use std::io::BufRead as _;
@@ -43,14 +45,9 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "work_queue", verbatim_doc_comment, after_help = EXIT_CODES)]
 struct Args {
-    /// Endpoints of etcd, separated by commas.
-    #[arg(
-        long,
-        global = true,
-        env = "ETCD_ENDPOINTS",
-        value_delimiter = ',',
-        default_value = "127.0.0.1:2379"
-    )]
+    /// Endpoints of etcd, separated by commas [default: 127.0.0.1:2379; if nothing answers there, an
+    /// embedded server does while this runs].
+    #[arg(long, global = true, env = "ETCD_ENDPOINTS", value_delimiter = ',')]
     endpoints: Vec<String>,
 
     /// Seconds until items are delivered again when the machine that works on them dies.
@@ -130,7 +127,8 @@ async fn main() -> ExitCode {
 async fn run(args: &Args) -> Result<()> {
     let ttl = Duration::from_secs(args.ttl);
     let mut stop = Stop::listen()?;
-    let connect = Session::builder(&args.endpoints).ttl(ttl).connect_timeout(args.connect_timeout).connect();
+    let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
+    let connect = Session::builder(endpoints).ttl(ttl).connect_timeout(args.connect_timeout).connect();
     let session = tokio::select! {
         session = connect => session?,
         () = stop.asked() => return Ok(()),

@@ -22,6 +22,7 @@ use etcd_client::proto::{
 use futures::Stream;
 use futures::stream::unfold;
 use http_body_util::Full;
+use prost::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -64,19 +65,35 @@ pub(super) fn routes(services: &Services) -> Routes {
         if uri.path() == "/health" {
             return http::Response::new(Body::new(Full::from(r#"{"health":"true","reason":""}"#)));
         }
-        let method = uri.path().trim_start_matches("/etcdserverpb.").to_owned();
-        not_served(&method).into_http::<Body>()
+        refusal(uri.path()).into_http::<Body>()
     };
     services.into_axum_router().fallback(others).into()
 }
 
-/// Refuses what etcd would for its size in bytes.
-fn check_size(size: usize) -> Result<(), Status> {
-    if size > MAX_RECEIVED {
-        let message = format!("grpc: received message larger than max ({size} vs. {MAX_RECEIVED})");
-        return Err(Status::resource_exhausted(message));
+/// What is said of a method that has no service here.
+fn refusal(path: &str) -> Status {
+    if path == "/etcdserverpb.Auth/Authenticate" {
+        // As an etcd that asks for no passwords.
+        return Status::failed_precondition("etcdserver: authentication is not enabled");
     }
-    if size > MAX_REQUEST { Err(Refusal::RequestTooLarge.into()) } else { Ok(()) }
+    let method = path.trim_start_matches('/');
+    not_served(method.strip_prefix("etcdserverpb.").unwrap_or(method))
+}
+
+/// Refuses what etcd would not read.
+fn check_received(request: &impl Message) -> Result<(), Status> {
+    let size = request.encoded_len();
+    if size <= MAX_RECEIVED {
+        return Ok(());
+    }
+    let message = format!("grpc: received message larger than max ({size} vs. {MAX_RECEIVED})");
+    Err(Status::resource_exhausted(message))
+}
+
+/// Refuses what etcd would not write.
+fn check_size(request: &impl Message) -> Result<(), Status> {
+    check_received(request)?;
+    if request.encoded_len() > MAX_REQUEST { Err(Refusal::RequestTooLarge.into()) } else { Ok(()) }
 }
 
 fn not_served(method: &str) -> Status {
@@ -98,6 +115,7 @@ impl PbKvService for Services {
     type RangeStreamStream = Answers<PbRangeStreamResponse>;
 
     async fn range(&self, request: Request<PbRangeRequest>) -> Result<Response<PbRangeResponse>, Status> {
+        check_received(request.get_ref())?;
         Ok(Response::new(self.engine.range(request.get_ref())?))
     }
 
@@ -109,20 +127,20 @@ impl PbKvService for Services {
     }
 
     async fn put(&self, request: Request<PbPutRequest>) -> Result<Response<PbPutResponse>, Status> {
-        let put = request.get_ref();
-        check_size(put.key.len() + put.value.len())?;
-        Ok(Response::new(self.engine.put(put)?))
+        check_size(request.get_ref())?;
+        Ok(Response::new(self.engine.put(request.get_ref())?))
     }
 
     async fn delete_range(
         &self,
         request: Request<PbDeleteRequest>,
     ) -> Result<Response<PbDeleteResponse>, Status> {
+        check_size(request.get_ref())?;
         Ok(Response::new(self.engine.delete(request.get_ref())?))
     }
 
     async fn txn(&self, request: Request<PbTxnRequest>) -> Result<Response<PbTxnResponse>, Status> {
-        check_size(crate::name::txn_bytes(request.get_ref()))?;
+        check_size(request.get_ref())?;
         Ok(Response::new(self.engine.txn(request.get_ref())?))
     }
 

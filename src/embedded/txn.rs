@@ -27,6 +27,7 @@ pub(super) fn check_range(request: &PbRangeRequest) -> Result<(), Refusal> {
     if request.key.is_empty() {
         return Err(Refusal::EmptyKey);
     }
+    // Older etcds serve some of these, and end themselves over others.
     if !(0..=2).contains(&request.sort_order) || !(0..=4).contains(&request.sort_target) {
         return Err(Refusal::InvalidSort);
     }

@@ -71,16 +71,11 @@ impl Watches {
                 };
                 let watch = Watch {
                     range: Range::new(key, end),
-                    from: if create.start_revision > 0 {
-                        create.start_revision
-                    } else {
-                        store.revision() + 1
+                    from: match create.start_revision {
+                        0 => store.revision() + 1,
+                        revision => revision,
                     },
-                    without: create
-                        .filters
-                        .iter()
-                        .map(|filter| if *filter == 0 { PUT } else { DELETE })
-                        .collect(),
+                    without: create.filters.iter().filter_map(|filter| unwanted(*filter)).collect(),
                     with_before: create.prev_kv,
                     fragment: create.fragment,
                     progress: create.progress_notify,
@@ -188,6 +183,11 @@ impl Watch {
             .map(|change| change.event(self.with_before, compacted))
             .collect()
     }
+}
+
+/// The event type that a filter takes out; the numbers are etcd's.
+fn unwanted(filter: i32) -> Option<i32> {
+    [PUT, DELETE].get(usize::try_from(filter).ok()?).copied()
 }
 
 /// How many events go into one message: at least one.

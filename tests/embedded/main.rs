@@ -8,6 +8,7 @@ mod support;
 
 mod differential;
 mod etcdctl;
+mod malformed;
 mod server;
 mod simulation;
 mod unanswered;

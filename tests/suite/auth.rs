@@ -7,6 +7,7 @@ use etcd_recipes::{Election, Error, Mutex, Result, Session, SessionBuilder, Sess
 use futures::StreamExt as _;
 
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{Options, PATIENCE};
 use crate::support::sessions::{connect, owns, waits};
 use crate::support::users::Guarded;
@@ -38,6 +39,9 @@ fn builder(scope: &Scope) -> SessionBuilder {
 
 #[tokio::test]
 async fn without_the_right_password_nobody_gets_a_session() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "right", &[scope.name(), BOOKKEEPING]).await;
@@ -66,6 +70,9 @@ async fn a_password_for_a_server_that_asks_for_none_is_refused() {
 
 #[tokio::test]
 async fn a_user_without_permission_is_told_which_key_it_lacks() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         // One may do nothing at all, one has no locks, one no bookkeeping.
@@ -104,6 +111,9 @@ fn checks_nested(guarded: &Guarded) -> bool {
 
 #[tokio::test]
 async fn a_transaction_on_a_key_without_permission_is_denied_and_the_lock_stays() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "pw", &[&scope.key("lock"), BOOKKEEPING]).await;
@@ -124,6 +134,9 @@ async fn a_transaction_on_a_key_without_permission_is_denied_and_the_lock_stays(
 
 #[tokio::test]
 async fn a_user_with_permission_for_the_name_and_the_bookkeeping_has_everything() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "pw", &[&scope.key(""), BOOKKEEPING]).await;
@@ -168,6 +181,9 @@ async fn a_user_with_permission_for_the_name_and_the_bookkeeping_has_everything(
 
 #[tokio::test]
 async fn tokens_that_expire_are_renewed_without_anybody_noticing() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::with(Options::fast().arg("--auth-token-ttl=1")).await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "pw", &[&scope.key(""), BOOKKEEPING]).await;
@@ -194,6 +210,9 @@ async fn tokens_that_expire_are_renewed_without_anybody_noticing() {
 
 #[tokio::test]
 async fn a_session_survives_the_switching_on_of_authentication_if_it_has_a_password() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "pw", &[&scope.key(""), BOOKKEEPING]).await;
@@ -218,6 +237,9 @@ async fn a_session_survives_the_switching_on_of_authentication_if_it_has_a_passw
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_notices_that_tokens_expire_and_permissions_change_all_the_time() {
+    if lacking(Needs::Users) {
+        return;
+    }
     /// How often permissions change; each time every token is of an old revision.
     const CHANGES: usize = 40;
     let guarded = Guarded::with(Options::fast().arg("--auth-token-ttl=1")).await;
@@ -267,6 +289,9 @@ async fn nobody_notices_that_tokens_expire_and_permissions_change_all_the_time()
 
 #[tokio::test]
 async fn who_may_not_release_any_more_is_told_and_the_release_goes_on() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "pw", &[scope.name(), BOOKKEEPING]).await;

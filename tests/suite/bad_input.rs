@@ -6,6 +6,7 @@ use etcd_recipes::etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp};
 use etcd_recipes::{Election, Error, MAX_NAME, Mutex, Result, Session};
 
 use crate::support::check::{Scope, scoped, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{Options, Server};
 use crate::support::sessions::{connect, session};
@@ -298,6 +299,9 @@ async fn more_operations_than_a_transaction_takes_are_refused() {
 
 #[tokio::test]
 async fn requests_that_only_the_server_finds_too_large_fail_and_are_not_tried_for_ever() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     // This server takes less than others: 100 KiB, and gRPC's own limit lies a little above.
     let server = Server::with(Options::fast().arg("--max-request-bytes=102400")).await;
     scoped_on(&server, async |scope| {

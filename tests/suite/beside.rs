@@ -6,6 +6,7 @@ use etcd_recipes::{Error, Mutex, Session, SessionState};
 use futures::future::join_all;
 
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, generation, owns, reaches};
 
@@ -101,6 +102,9 @@ async fn a_keepalive_thread_serves_all_and_ends_with_the_last() {
 
 #[tokio::test]
 async fn all_wait_over_one_watch_stream_and_live_by_one_keepalive_stream() {
+    if lacking(Needs::Metrics) {
+        return;
+    }
     const SESSIONS: usize = 50;
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
@@ -137,6 +141,9 @@ async fn all_wait_over_one_watch_stream_and_live_by_one_keepalive_stream() {
 
 #[tokio::test]
 async fn sessions_that_begin_together_do_not_beat_together() {
+    if lacking(Needs::Metrics) {
+        return;
+    }
     const SESSIONS: usize = 60;
     /// How long one look at the counters stands for.
     const SLOT: Duration = Duration::from_millis(100);

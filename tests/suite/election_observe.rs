@@ -6,6 +6,7 @@ use etcd_recipes::{Election, Error, Observation, Observe, Session};
 use futures::StreamExt as _;
 
 use crate::support::check::{Scope, scoped, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, session, waits};
@@ -115,6 +116,9 @@ async fn a_slow_observer_sees_every_change_in_order() {
 
 #[tokio::test]
 async fn an_observer_survives_a_restart_of_etcd() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let (a, b) = (session(scope).await, session(scope).await);

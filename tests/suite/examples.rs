@@ -8,13 +8,13 @@ mod indexer;
 mod work_queue;
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
+use crate::support::binaries;
 use crate::support::check::{eventually, scoped};
 use crate::support::process::Process;
 use crate::support::server::PATIENCE;
@@ -29,11 +29,7 @@ struct Program {
 
 /// A built example with the endpoints in its environment.
 fn example(name: &str, endpoint: &str) -> Command {
-    let suite = std::env::current_exe().expect("no path of this test binary");
-    let folder = suite.ancestors().nth(2).expect("no target folder").join("examples");
-    let path: PathBuf = folder.join(name);
-    assert!(path.is_file(), "{} is missing: run `cargo build --examples`", path.display());
-    let mut command = Command::new(path);
+    let mut command = Command::new(binaries::example(name));
     command.env("ETCD_ENDPOINTS", endpoint);
     command
 }

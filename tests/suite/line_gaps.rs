@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use crate::support::background;
 use crate::support::check::{Scope, eventually, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, session};
@@ -90,6 +91,9 @@ async fn waiters_far_back_survive_a_cut_and_a_compaction() {
 
 #[tokio::test]
 async fn holders_and_waiters_survive_a_restart_and_a_crash_of_etcd() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let (a, b) = (patient(scope, server.endpoint()).await, patient(scope, server.endpoint()).await);
@@ -118,6 +122,9 @@ async fn watchers(server: &Server) -> f64 {
 
 #[tokio::test]
 async fn a_holder_whose_key_was_deleted_and_compacted_away_notices() {
+    if lacking(Needs::Metrics) {
+        return;
+    }
     let server = Server::fast().await;
     let proxy = Proxy::start(server.endpoint()).await;
     scoped_on(&server, async |scope| {

@@ -13,6 +13,7 @@ use crate::support::cluster::Cluster;
 use crate::support::full;
 use crate::support::holds::States;
 use crate::support::measure::Samples;
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::PATIENCE;
 
@@ -251,6 +252,9 @@ async fn harm(cluster: &Cluster, proxies: &[Proxy], harm: Harm, round: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_session_is_lost_and_no_call_fails_with_one_member_of_three() {
+    if lacking(Needs::Cluster) {
+        return;
+    }
     let cluster = Cluster::start().await;
     let mut proxies = Vec::new();
     for endpoint in cluster.endpoints() {

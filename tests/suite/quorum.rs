@@ -15,6 +15,7 @@ use crate::support::cluster::Cluster;
 use crate::support::full;
 use crate::support::holds::{Belief, Deletions, States, reaches};
 use crate::support::measure::Samples;
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{PATIENCE, Server};
 
 const TTL: Duration = Duration::from_secs(6);
@@ -175,6 +176,9 @@ async fn long_outage(scope: &Scope, cluster: &Cluster) -> Vec<Duration> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_quorum_away_costs_sessions_only_after_their_deadline() {
+    if lacking(Needs::Cluster) {
+        return;
+    }
     let cluster = Cluster::start().await;
     scoped_on(cluster.member(2), async |scope| {
         let mut late = Samples::default();

@@ -10,6 +10,7 @@ use crate::support::clock::boottime;
 use crate::support::full;
 use crate::support::holds::{States, reaches};
 use crate::support::measure::Samples;
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{PATIENCE, Server};
 
 async fn sessions(scope: &Scope, count: usize, ttl: u64) -> Vec<(Session, States)> {
@@ -35,6 +36,9 @@ async fn in_line(scope: &Scope, session: &Session, name: &str) -> JoinHandle<Mut
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_within_the_ttl_hurts_nobody() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let sessions = sessions(scope, 3, 6).await;
@@ -76,6 +80,9 @@ const PROMPT: Duration = Duration::from_millis(250);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sessions_lost_in_an_outage_are_made_anew_at_once() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let sessions = sessions(scope, 8, 2).await;

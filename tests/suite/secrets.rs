@@ -10,6 +10,7 @@ use futures::StreamExt as _;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::support::check::{eventually, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::PATIENCE;
 use crate::support::sessions::{connect, generation};
 use crate::support::users::Guarded;
@@ -74,6 +75,9 @@ fn a_secret_is_found_in_every_form() {
 
 #[tokio::test]
 async fn no_log_and_no_debug_text_says_a_password_and_none_of_ours_a_value() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", PASSWORD, &[&scope.key(""), "_etcd-recipes/"]).await;
@@ -140,6 +144,9 @@ async fn no_log_and_no_debug_text_says_a_password_and_none_of_ours_a_value() {
 
 #[tokio::test]
 async fn the_log_tells_of_losses_and_states_with_names_that_cannot_forge_lines() {
+    if lacking(Needs::Users) {
+        return;
+    }
     let guarded = Guarded::start().await;
     scoped_on(&guarded.server, async |scope| {
         let log = Log::default();

@@ -12,6 +12,7 @@ use futures::StreamExt as _;
 
 use super::service_registration::services;
 use crate::support::check::{eventually, scoped, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, generation, session};
 
@@ -205,6 +206,9 @@ async fn entries_of_other_programs_are_understood() {
 /// An outage longer than the lease: the list stays, is known to be stale, and everything is back soon afterwards.
 #[tokio::test]
 async fn last_known_instances_stay_while_etcd_is_away() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     const TTL: Duration = Duration::from_secs(2);
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {

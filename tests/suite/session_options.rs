@@ -8,6 +8,7 @@ use etcd_recipes::etcd_client::{Client, GetOptions};
 use etcd_recipes::{Error, Mutex, Session, SessionState};
 
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, generation, reaches, session, waits};
@@ -173,6 +174,9 @@ async fn a_thread_for_keepalives_needs_connections_of_its_own() {
 
 #[tokio::test]
 async fn a_ttl_below_the_minimum_of_the_server_is_raised_and_the_raised_one_counts() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     // With etcd's own settings it is two seconds.
     let server = Server::start().await;
     scoped_on(&server, async |scope| {

@@ -12,6 +12,7 @@ use crate::support::cluster::Cluster;
 use crate::support::full;
 use crate::support::holds::{Belief, Deletions, States, reaches};
 use crate::support::measure::Samples;
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 
 const TTL: Duration = Duration::from_secs(6);
@@ -118,6 +119,9 @@ async fn round(cluster: &Cluster, round: usize) -> Samples {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_of_a_leader_that_was_replaced_do_not_count() {
+    if lacking(Needs::Cluster) {
+        return;
+    }
     let cluster = Cluster::start().await;
     for number in 0..if full() { 8 } else { 1 } {
         let ahead = round(&cluster, number).await;

@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::full;
 use crate::support::holds::States;
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
 
@@ -43,6 +44,9 @@ async fn watchers(server: &Server) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_waiter_with_a_half_open_connection_gets_its_turn() {
+    if lacking(Needs::Metrics) {
+        return;
+    }
     // A server of its own: it counts watchers.
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
@@ -105,6 +109,9 @@ async fn compacted_away(server: &Server, scope: &Scope, ahead: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compaction_does_not_hurt_a_waiter() {
+    if lacking(Needs::Metrics) {
+        return;
+    }
     let server = Server::fast().await;
     // Near the front the line is watched; further back, one key.
     for ahead in [1, 3, 30] {

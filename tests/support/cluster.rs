@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::needs::{Needs, asked_for};
 use super::server::{Options, PATIENCE, Ports, Server, peer_url};
 
 /// A three-node cluster. Dropping it kills all of it.
@@ -28,6 +29,7 @@ impl Cluster {
 
     /// Three members, all ready. Waits until there is no other cluster in this process.
     pub(crate) async fn with(options: Options) -> Self {
+        asked_for(Needs::Cluster);
         let turn = turn().acquire_owned().await.expect("the semaphore was closed");
         let mut reason = String::new();
         for _ in 0..5 {

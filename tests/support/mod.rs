@@ -1,4 +1,4 @@
-//! The tools the tests are written with: real etcd servers, a TCP proxy, faults inside the client
+//! The tools the tests are written with: etcd servers, a TCP proxy, faults inside the client
 //! channel, leak checks, child processes and a cancellation harness. One concept per file.
 
 pub(crate) mod binaries;
@@ -12,6 +12,7 @@ pub(crate) mod holds;
 pub(crate) mod line;
 pub(crate) mod measure;
 pub(crate) mod metrics;
+pub(crate) mod needs;
 pub(crate) mod poll;
 pub(crate) mod ports;
 pub(crate) mod process;

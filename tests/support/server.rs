@@ -1,4 +1,4 @@
-//! One real etcd server on loopback ports and a data directory of its own.
+//! One etcd server on loopback ports and a data directory of its own: a real one, or the embedded one as a process.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use super::binaries::{Version, binaries};
 use super::metrics::{Metrics, get};
+use super::needs::{Needs, asked_for};
 use super::ports::free_port;
 use super::process::Process;
 
@@ -31,17 +32,23 @@ impl Options {
 
     /// Smallest lease 1 s; for a single server, which has no elections to lose.
     pub(crate) fn fast() -> Self {
-        Self::new().arg("--heartbeat-interval=10").arg("--election-timeout=100")
+        Self::timed(10, 100)
     }
 
     /// Smallest lease 1 s, and elections a slow machine does not lose.
     pub(crate) fn cluster() -> Self {
-        Self::new().arg("--heartbeat-interval=50").arg("--election-timeout=500")
+        Self::timed(50, 500)
+    }
+
+    fn timed(heartbeat: u32, election: u32) -> Self {
+        let args = [format!("--heartbeat-interval={heartbeat}"), format!("--election-timeout={election}")];
+        Self { args: args.into() }
     }
 
     /// Adds an argument, for example `--quota-backend-bytes=…`.
     #[must_use]
     pub(crate) fn arg(mut self, arg: impl Into<String>) -> Self {
+        asked_for(Needs::Settings);
         self.args.push(arg.into());
         self
     }
@@ -98,6 +105,10 @@ impl Server {
     /// Starts a member's process without waiting for it.
     pub(super) fn launch_member(options: &Options, name: &str, ports: Ports, cluster: &str) -> Self {
         let directory = data_directory();
+        if binaries().embedded {
+            let args = vec![format!("--listen=127.0.0.1:{}", ports.client)];
+            return Self::started(ports, args, directory);
+        }
         let client = format!("http://127.0.0.1:{}", ports.client);
         let mut args = vec![
             format!("--name={name}"),
@@ -112,13 +123,22 @@ impl Server {
             "--log-level=warn".to_owned(),
         ];
         args.extend(options.args.iter().cloned());
+        Self::started(ports, args, directory)
+    }
+
+    fn started(ports: Ports, args: Vec<String>, directory: TempDir) -> Self {
         let server = Self { ports, args, process: Mutex::new(None), directory };
-        server.launch();
+        server.start_process();
         server
     }
 
-    /// Starts the process (again) with the same ports and data, without waiting for it to be ready.
+    /// Starts the process again with the same ports and data, without waiting for it to be ready.
     pub(crate) fn launch(&self) {
+        asked_for(Needs::Disk);
+        self.start_process();
+    }
+
+    fn start_process(&self) {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -257,6 +277,7 @@ impl Server {
 
     /// What the server counted so far.
     pub(crate) async fn metrics(&self) -> Metrics {
+        asked_for(Needs::Metrics);
         Metrics::read(self.ports.client).await
     }
 

@@ -1,5 +1,6 @@
 //! A server that asks for passwords.
 
+use super::needs::{Needs, asked_for};
 use super::server::{Options, Server};
 
 const ROOT: &str = "root:the-root-password";
@@ -18,6 +19,7 @@ impl Guarded {
 
     /// As [`start`](Self::start), with options.
     pub(crate) async fn with(options: Options) -> Self {
+        asked_for(Needs::Users);
         let guarded = Self { server: Server::with(options).await };
         guarded.server.ctl(["user", "add", ROOT]).await;
         guarded.server.ctl(["user", "grant-role", "root", "root"]).await;

@@ -11,6 +11,8 @@ use crate::etcd::unsupported_arch;
 /// One variable for a spawned cargo.
 pub(crate) type Env<'a> = (&'a str, OsString);
 
+const MISSING: &str = "cargo does not start; is Rust installed?";
+
 /// Spawns cargo in the workspace.
 #[derive(Debug)]
 pub(crate) struct Cargo {
@@ -29,6 +31,16 @@ impl Cargo {
     /// Runs cargo with `env` on top of its environment and tells whether it succeeded.
     pub(crate) fn run(&self, args: &[&str], env: &[Env<'_>]) -> Result<bool> {
         println!("xtask: cargo {}", args.join(" "));
+        Ok(self.command(args, env).status().context(MISSING)?.success())
+    }
+
+    /// What cargo prints.
+    pub(crate) fn output(&self, args: &[&str]) -> Result<String> {
+        let output = self.command(args, &[]).stderr(Stdio::null()).output().context(MISSING)?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn command(&self, args: &[&str], env: &[Env<'_>]) -> Command {
         let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(program);
         command.current_dir(&self.root).args(args);
@@ -38,7 +50,7 @@ impl Cargo {
             }
         }
         command.envs(self.env.iter().cloned()).envs(env.iter().cloned());
-        Ok(command.status().context("cargo does not start; is Rust installed?")?.success())
+        command
     }
 
     /// Runs cargo and makes a failure of it an error.

@@ -36,7 +36,7 @@ struct Cli {
 enum Task {
     /// Run the `tour` example: on `ETCD_ENDPOINTS`, or an etcd on this machine, or the embedded server
     Demo,
-    /// Run all tests, the integration suite once per etcd release line
+    /// Run all tests, the integration suite once per etcd release line and once on the embedded server
     Test(TestArgs),
     /// Check formatting, lints and documentation, then run all tests
     Check(TestArgs),

@@ -1,13 +1,14 @@
 //! `cargo xtask test` and `cargo xtask check`.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::TestArgs;
 use crate::cargo::{Cargo, Env};
-use crate::etcd;
+use crate::etcd::{self, Etcd};
 
 /// How many tests run at once unless the caller says otherwise.
 const THREADS: &str = "4";
@@ -45,12 +46,44 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
         )?;
         results.push((what, success));
     }
+    if let Some(etcd) = etcds.last() {
+        results.push(on_embedded(&cargo, root, etcd, args)?);
+    }
 
     println!("\nxtask: what ran");
     for (what, success) in &results {
         println!("  {:6}  {what}", if *success { "ok" } else { "FAILED" });
     }
     Ok(results.iter().all(|(_, success)| *success))
+}
+
+/// Runs the suite on the embedded server, with the `etcdctl` of an etcd. Tells how much of it was set aside, and for what.
+fn on_embedded(cargo: &Cargo, root: &Path, etcd: &Etcd, args: &TestArgs) -> Result<(String, bool)> {
+    announce("suite on the embedded server");
+    let aside = root.join("target").join("set-aside");
+    // Tests add to it.
+    std::fs::write(&aside, "").with_context(|| format!("cannot write {}", aside.display()))?;
+    let suite = || with_libtest(vec!["test", "--test", "suite", "--no-fail-fast"], args);
+    let env = [
+        threads(),
+        ("ETCD_RECIPES_EMBEDDED", "1".into()),
+        ("ETCD_RECIPES_ETCD", etcd.dir.clone().into()),
+        ("ETCD_RECIPES_SET_ASIDE", aside.clone().into()),
+    ];
+    let success = cargo.run(&suite(), &env)?;
+
+    let mut list = suite();
+    list.extend(if args.libtest.is_empty() { &["--", "--list"][..] } else { &["--list"] });
+    let all = cargo.output(&list)?.lines().filter(|line| line.ends_with(": test")).count();
+    let mut lacking = BTreeMap::new();
+    for line in std::fs::read_to_string(&aside)?.lines() {
+        let (what, _) = line.split_once('\t').context("no list of tests set aside")?;
+        *lacking.entry(what.to_lowercase()).or_insert(0) += 1;
+    }
+    let count: usize = lacking.values().sum();
+    let reasons: Vec<_> = lacking.iter().map(|(what, count)| format!("{what} {count}")).collect();
+    let reasons = if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join(", ")) };
+    Ok((format!("suite on the embedded server, {count} of {all} tests set aside{reasons}"), success))
 }
 
 /// Checks formatting, lints and documentation, then runs all tests.

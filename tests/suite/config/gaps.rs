@@ -8,6 +8,7 @@ use etcd_recipes::{ConfigCache, Session};
 use super::{Behind, Told, at_etcd, cached, converges, put, remove, wipe};
 use crate::support::check::{eventually, scoped, scoped_on};
 use crate::support::faults::{Fault, Faults, Until};
+use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::Mode;
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{owns, session};
@@ -75,6 +76,9 @@ async fn a_compaction_that_was_slept_through_is_made_up_for() {
 
 #[tokio::test]
 async fn etcd_may_go_away_and_come_back() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let session = session(scope).await;
@@ -105,6 +109,9 @@ async fn etcd_may_go_away_and_come_back() {
 /// The store is what it was before some changes, and has other ones since.
 #[tokio::test]
 async fn a_restored_backup_is_followed() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let session = session(scope).await;

@@ -10,6 +10,7 @@ use super::{PATIENCE, Rig, arrive, assert_holds};
 use crate::support::check::{eventually, scoped_on};
 use crate::support::faults::{Fault, Until};
 use crate::support::line::text;
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{Options, Server};
 use crate::support::sessions::connect;
 
@@ -37,6 +38,9 @@ pub(super) async fn make_space(server: &Server) {
 
 #[tokio::test]
 async fn cancelled_lock_leaves_no_key_without_space() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
     scoped_on(&server, async |scope| {
         let rig = Rig::new(scope, "lock").await;
@@ -69,6 +73,9 @@ async fn cancelled_lock_leaves_no_key_without_space() {
 /// A lock that was refused by its second attempt, while the first is still on its way.
 #[tokio::test]
 async fn refused_lock_takes_nothing_later() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
     scoped_on(&server, async |scope| {
         let rig = Rig::new(scope, "lock").await;
@@ -95,6 +102,9 @@ async fn refused_lock_takes_nothing_later() {
 /// What needs no space goes on without it, and the rest as soon as there is some again.
 #[tokio::test]
 async fn holds_outlive_the_space_and_are_released_without_it() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
     scoped_on(&server, async |scope| {
         let session = connect(scope, Session::builder([scope.endpoint()]).ttl(Duration::from_secs(3))).await;

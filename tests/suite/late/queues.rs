@@ -10,6 +10,7 @@ use super::no_space::{fill, make_space};
 use super::{PATIENCE, Rig, arrive, side_by_side};
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::faults::{Fault, Injection, Until};
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{Options, Server};
 
 /// What becomes of the first attempt.
@@ -263,6 +264,9 @@ async fn an_ack_that_cannot_be_told_is_not_called_done() {
 
 #[tokio::test]
 async fn without_space_items_are_acked_and_taken_but_not_put_or_claimed() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
     scoped_on(&server, async |scope| {
         let stage = Stage::open(scope, Way::Lost, &["1", "2", "3", "4", "5"]).await;

@@ -11,6 +11,7 @@ use crate::support::check::{Scope, eventually, scoped, scoped_on};
 use crate::support::child::{Child, Role, role};
 use crate::support::faults::{Fault, Faults};
 use crate::support::full;
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::session;
 
@@ -201,6 +202,9 @@ impl Story {
 
 #[tokio::test]
 async fn nothing_is_lost_or_acked_twice_whatever_happens() {
+    if lacking(Needs::Disk) {
+        return;
+    }
     let items = if full() { 100_000 } else { 3_000 };
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
