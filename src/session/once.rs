@@ -154,9 +154,12 @@ where
             match attempt {
                 Ok(Some(done)) => break Ok(done),
                 Ok(None) => {}
-                Err(Failure::LeaseGone(source)) => {
-                    break Err(self.lease_gone(&mut slot, source, unanswered).await);
-                }
+                // Some lease in the transaction does not exist. It is ours if the slot cannot be moved either.
+                Err(Failure::LeaseGone(source)) => match self.fence(&mut slot).await {
+                    Fenced::Applied(done) => break Ok(done),
+                    Fenced::Never => break Err(Error::Etcd { key: name::display(&self.key), source }),
+                    Fenced::Ended => break Err(self.ended(unanswered)),
+                },
                 Err(Failure::Refused(error)) if !unanswered => break Err(error),
                 // Without space the slot cannot be moved, so it stays open what an earlier attempt does.
                 Err(Failure::Refused(Error::NoSpace { .. })) => {
@@ -235,6 +238,11 @@ where
                 }
                 Ok(response) => {
                     let (revision, record) = moved_to(&response.0, 0);
+                    // Only its lease takes a slot away.
+                    if revision == 0 {
+                        self.generation.end();
+                        return Fenced::Ended;
+                    }
                     slot.revision = revision;
                     // Moved by an attempt, or by an earlier copy of this.
                     return if record == GIVEN_UP {
@@ -254,27 +262,6 @@ where
 
     fn step(&self, slot: &Slot) -> Step {
         slot.step(&self.core.namespace, self.generation.lease.get())
-    }
-
-    /// Some lease in the transaction does not exist. Finds out whether it is ours, with a step of the slot that no
-    /// earlier attempt survives.
-    async fn lease_gone(&self, slot: &mut Slot, source: etcd_client::Error, unanswered: bool) -> Error {
-        let mut backoff = Backoff::of_requests();
-        while self.generation.is_alive() {
-            let step = self.step(slot);
-            let txn = Txn::new().when([step.compare()]).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
-            match self.core.rpc.txn(&self.key, txn).await {
-                Ok(response) if response.succeeded() => {
-                    slot.revision = revision(response.header());
-                    let key = name::display(&self.key);
-                    return if unanswered { self.ended(true) } else { Error::Etcd { key, source } };
-                }
-                Ok(response) => slot.revision = moved_to(&response.0, 0).0,
-                Err(Failure::LeaseGone(_)) => self.generation.end(),
-                Err(_) => backoff.wait(&self.core.runtime).await,
-            }
-        }
-        self.ended(unanswered)
     }
 
     /// The error of a write that ended with its generation: it may have been applied if some attempt had no answer.

@@ -9,6 +9,7 @@ mod grant;
 mod no_space;
 mod proclaim;
 mod queues;
+mod refused;
 
 use std::time::Duration;
 

@@ -17,15 +17,15 @@ use crate::support::sessions::session;
 const TTL: Duration = Duration::from_secs(60);
 
 /// A session with faults of its own.
-struct Rig<'a> {
-    scope: &'a Scope,
-    faults: Faults,
+pub(super) struct Rig<'a> {
+    pub(super) scope: &'a Scope,
+    pub(super) faults: Faults,
     session: Session,
     services: Services,
 }
 
 impl<'a> Rig<'a> {
-    async fn new(scope: &'a Scope) -> Self {
+    pub(super) async fn new(scope: &'a Scope) -> Self {
         let faults = Faults::new(scope.endpoint());
         let session = Session::builder_with_client(faults.client().await);
         let session = session.ttl(TTL).connect_timeout(TTL).connect().await.unwrap();
@@ -34,30 +34,30 @@ impl<'a> Rig<'a> {
         Self { scope, faults, session, services }
     }
 
-    fn inject(&self, fault: Fault) -> Injection {
+    pub(super) fn inject(&self, fault: Fault) -> Injection {
         self.faults.on("Txn").containing(self.scope.name()).inject(fault)
     }
 
-    async fn register(&self, weight: u32) -> Result<Registration> {
+    pub(super) async fn register(&self, weight: u32) -> Result<Registration> {
         let instance = Instance::new("courseware", "127.0.0.1:8400").id("a").weight(weight);
         let registering = tokio::time::timeout(PATIENCE, self.services.register(instance));
         registering.await.expect("stuck")
     }
 
     /// The weight that everybody sees.
-    async fn weight(&self) -> Option<u64> {
+    pub(super) async fn weight(&self) -> Option<u64> {
         let answer = self.scope.client().get(self.scope.key("courseware/a"), None).await.unwrap();
         let value: serde_json::Value = serde_json::from_slice(answer.kvs().first()?.value()).unwrap();
         value["weight"].as_u64()
     }
 
-    async fn close(self) {
+    pub(super) async fn close(self) {
         self.faults.clear();
         self.session.close().await.unwrap();
     }
 }
 
-async fn set(registration: &Registration, weight: u32) -> Result<()> {
+pub(super) async fn set(registration: &Registration, weight: u32) -> Result<()> {
     registration.update(|instance| instance.weight = weight).await
 }
 
