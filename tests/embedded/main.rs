@@ -7,8 +7,11 @@
 mod support;
 
 mod differential;
+mod dropped;
 mod etcdctl;
+mod freshness;
 mod malformed;
+mod registrations;
 mod server;
 mod simulation;
 mod unanswered;

@@ -37,6 +37,7 @@ mod service_channel;
 mod service_discovery;
 mod service_faults;
 mod service_registration;
+mod service_rivals;
 mod session;
 mod session_drop;
 mod session_options;

@@ -64,7 +64,11 @@ fn denied() -> Status {
 async fn times(scope: &Scope) -> usize {
     let options = etcd_client::GetOptions::new().with_prefix();
     let found = scope.client().get(scope.name(), Some(options)).await.unwrap();
-    found.kvs().iter().filter(|kv| kv.value().windows(VALUE.len()).any(|part| part == VALUE.as_bytes())).count()
+    found
+        .kvs()
+        .iter()
+        .filter(|kv| kv.value().windows(VALUE.len()).any(|part| part == VALUE.as_bytes()))
+        .count()
 }
 
 async fn remove(scope: &Scope, key: &str) {
