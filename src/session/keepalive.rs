@@ -298,3 +298,35 @@ impl Confirmation {
         all
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn answered(term: u64) -> (Answered, oneshot::Receiver<Beat>) {
+        let (answer, beat) = oneshot::channel();
+        let renewal = Renewal { sent: Time(1), ttl: Duration::from_secs(1) };
+        (Answered { answer, renewal, term }, beat)
+    }
+
+    fn confirmation(answered: Vec<Answered>) -> Confirmation {
+        Confirmation { term: std::future::pending().boxed(), answered }
+    }
+
+    /// A leader that stood still answers until it hears of the one that took its place.
+    #[test]
+    fn an_answer_of_another_term_does_not_count() {
+        let ((old, mut stale), (new, mut fresh)) = (answered(2), answered(3));
+        assert!(!confirmation(vec![old, new]).settle(3), "the stream goes on");
+        assert!(stale.try_recv().is_err());
+        assert!(matches!(fresh.try_recv().unwrap(), Beat::Confirmed(_)));
+    }
+
+    #[test]
+    fn a_read_of_an_older_leader_confirms_nothing() {
+        let (new, mut beat) = answered(3);
+        assert!(!confirmation(vec![new]).settle(2));
+        assert!(beat.try_recv().is_err());
+    }
+}
