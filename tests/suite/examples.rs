@@ -117,3 +117,20 @@ async fn tour_fails_without_etcd() {
     tour.line("tour: no etcd endpoint answered").await;
     assert_eq!(tour.code().await, 1);
 }
+
+#[tokio::test]
+async fn a_second_dev_server_on_a_port_says_so() {
+    let serve = |address: &str| {
+        let mut command = Command::new(binaries::example("dev_server"));
+        command.args(["--listen", address]);
+        Program::start(command)
+    };
+    let mut first = serve("127.0.0.1:0");
+    let address = first.line("listening on http://").await;
+    let mut second = serve(&address);
+    let why = second.line(&format!("dev_server: cannot listen on {address}: ")).await;
+    assert!(why.contains("in use"), "{why}");
+    assert_eq!(second.code().await, 1);
+    first.signal(Signal::SIGTERM);
+    assert_eq!(first.code().await, 0);
+}
