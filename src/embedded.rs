@@ -144,10 +144,12 @@ mod watch;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use etcd_client::Client;
 use etcd_client::proto::{PbCompactionRequest, PbLeaseLeasesResponse};
 use tokio::net::{TcpListener, ToSocketAddrs};
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::server::TcpIncoming;
 
@@ -161,6 +163,8 @@ use crate::session::{Session, SessionBuilder};
 pub struct Server {
     services: Services,
     address: Option<SocketAddr>,
+    /// When it began, by tokio's clock and by that on the wall.
+    began: (Instant, SystemTime),
     /// Ends the tasks of the server.
     _closing: DropGuard,
 }
@@ -229,7 +233,8 @@ impl Server {
         let (expiry, ended) = (engine.clone().expire(), closing.clone());
         tokio::spawn(async move { ended.run_until_cancelled(expiry).await });
         let services = Services { engine, url: url.into(), closing: closing.clone() };
-        Self { services, address, _closing: closing.drop_guard() }
+        let began = (Instant::now(), SystemTime::now());
+        Self { services, address, began, _closing: closing.drop_guard() }
     }
 
     /// Where it listens, if it does.
@@ -265,7 +270,7 @@ impl Server {
     ///
     /// As [`Link::client`].
     pub async fn session(&self, link: &Link) -> Result<SessionBuilder, etcd_client::Error> {
-        Ok(Session::builder_with_client(link.client().await?).on_tokio_time())
+        Ok(Session::builder_with_client(link.client().await?).on_tokio_time(self.began))
     }
 
     /// Ends a lease now, as if its time were over: its keys are deleted. `false` if there is none of this id.

@@ -78,7 +78,7 @@ impl Mutex {
     ///
     /// When dropped, the place in line is given up and no key is left, also if the request was on its way.
     pub async fn lock(&self) -> Result<MutexGuard> {
-        let describe = || participant::describe(&self.session.core().options.identity);
+        let describe = || participant::describe(self.session.core());
         Ok(MutexGuard { place: self.line.enter(&self.session, describe).await? })
     }
 
@@ -92,7 +92,7 @@ impl Mutex {
     ///
     /// When dropped, the lock is not taken, or given back.
     pub async fn try_lock(&self) -> Result<Option<MutexGuard>> {
-        let value = participant::describe(&self.session.core().options.identity);
+        let value = participant::describe(self.session.core());
         let place = self.line.try_enter(&self.session, value).await?;
         Ok(place.map(|place| MutexGuard { place }))
     }

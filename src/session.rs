@@ -271,20 +271,10 @@ impl Session {
 impl Core {
     /// The living generation; waits for one.
     pub(crate) async fn generation(&self) -> Result<Arc<Generation>> {
-        let mut state = self.state.clone();
-        loop {
-            if self.closing.is_cancelled() {
-                return Err(Error::Closed);
-            }
-            if let Some(generation) = self.current.living() {
-                return Ok(generation);
-            }
-            tokio::select! {
-                biased;
-                () = self.closing.cancelled() => {}
-                // Whatever changes the generation tells a new state after it.
-                changed = state.changed() => changed.map_err(|_| Error::Closed)?,
-            }
+        tokio::select! {
+            biased;
+            () = self.closing.cancelled() => Err(Error::Closed),
+            generation = self.current.next() => generation.ok_or(Error::Closed),
         }
     }
 }

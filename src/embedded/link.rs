@@ -9,7 +9,7 @@ use etcd_client::{Channel, Client};
 use futures::future::BoxFuture;
 use futures::stream::unfold;
 use http_body_util::{BodyExt as _, Full, StreamBody};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -31,7 +31,9 @@ pub struct Link {
 }
 
 struct Shared {
-    way: watch::Sender<Way>,
+    way: Mutex<Way>,
+    // Wakes in the order in which they came, which a `watch` does not.
+    changed: Notify,
     faults: Mutex<Vec<Arc<Laid>>>,
     /// Ends with the server, and what is held back with it.
     closing: CancellationToken,
@@ -75,7 +77,8 @@ struct Laid {
 
 impl Link {
     pub(super) fn new(routes: Routes, closing: CancellationToken) -> Self {
-        let shared = Shared { way: watch::Sender::new(Way::default()), faults: Mutex::default(), closing };
+        let shared =
+            Shared { way: Mutex::default(), changed: Notify::new(), faults: Mutex::default(), closing };
         Self { shared: Arc::new(shared), routes }
     }
 
@@ -96,17 +99,17 @@ impl Link {
     /// Breaks the connection: requests and streams under way fail, and so does all that comes until
     /// [`restore`](Link::restore).
     pub fn cut(&self) {
-        self.shared.way.send_modify(|way| *way = Way { stalled: false, cut: true, cuts: way.cuts + 1 });
+        self.shared.change(|way| *way = Way { stalled: false, cut: true, cuts: way.cuts + 1 });
     }
 
     /// Lets nothing through any more, either way; what is sent waits until [`restore`](Link::restore).
     pub fn stall(&self) {
-        self.shared.way.send_modify(|way| way.stalled = true);
+        self.shared.change(|way| way.stalled = true);
     }
 
     /// Opens the link again.
     pub fn restore(&self) {
-        self.shared.way.send_modify(|way| *way = Way { stalled: false, cut: false, ..*way });
+        self.shared.change(|way| *way = Way { stalled: false, cut: false, ..*way });
     }
 
     /// Lets the next `times` requests of a method meet a fault. The method is named as in etcd's API: `Txn`, `Range`,
@@ -174,6 +177,28 @@ impl Injection {
 }
 
 impl Shared {
+    fn way(&self) -> Way {
+        *self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Way)) {
+        change(&mut self.way.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until the way is as wanted.
+    async fn until(&self, wanted: impl Fn(Way) -> bool) -> Way {
+        loop {
+            // Hears of everything from here on.
+            let changed = self.changed.notified();
+            let way = self.way();
+            if wanted(way) {
+                return way;
+            }
+            changed.await;
+        }
+    }
+
     /// The fault that a request of this method meets, if any.
     fn fault(&self, path: &str) -> Option<Arc<Laid>> {
         let method = path.rsplit('/').next().unwrap_or_default();
@@ -189,16 +214,14 @@ impl Shared {
 /// One exchange over a link.
 #[derive(Clone)]
 struct Passage {
-    way: watch::Receiver<Way>,
+    shared: Arc<Shared>,
     /// How often the link had been cut when it began.
     cuts: u64,
 }
 
 impl Passage {
-    fn begin(shared: &Shared) -> Self {
-        let way = shared.way.subscribe();
-        let cuts = way.borrow().cuts;
-        Self { way, cuts }
+    fn begin(shared: &Arc<Shared>) -> Self {
+        Self { shared: shared.clone(), cuts: shared.way().cuts }
     }
 
     fn is_broken(&self, way: Way) -> bool {
@@ -206,31 +229,23 @@ impl Passage {
     }
 
     /// Waits until messages pass.
-    async fn pass(&mut self) -> Result<(), Status> {
-        let cuts = self.cuts;
-        let way = self.way.wait_for(|way| !way.stalled || way.cuts != cuts).await.map(|way| *way);
-        match way {
-            Ok(way) if !self.is_broken(way) => Ok(()),
-            _ => Err(broken()),
-        }
+    async fn pass(&self) -> Result<(), Status> {
+        let way = self.shared.until(|way| !way.stalled || way.cuts != self.cuts).await;
+        if self.is_broken(way) { Err(broken()) } else { Ok(()) }
     }
 
     /// Waits until the link is cut.
-    async fn broken(&mut self) {
-        let cuts = self.cuts;
-        if self.way.wait_for(|way| way.cut || way.cuts != cuts).await.is_err() {
-            std::future::pending::<()>().await;
-        }
+    async fn broken(&self) {
+        self.shared.until(|way| self.is_broken(way)).await;
     }
 
     /// Lets the frames of a body pass, as long as the link is not cut.
     fn over(self, body: Body) -> Body {
         let frames = unfold(Some((body, self)), |state| async {
-            let (mut body, mut passage) = state?;
-            let mut other = passage.clone();
+            let (mut body, passage) = state?;
             let frame = tokio::select! {
                 biased;
-                () = other.broken() => Some(Err(broken())),
+                () = passage.broken() => Some(Err(broken())),
                 frame = body.frame() => frame,
             };
             match (frame?, passage.pass().await) {
@@ -258,7 +273,7 @@ impl Service<Request> for Link {
     fn call(&mut self, request: Request) -> Self::Future {
         let (shared, routes) = (self.shared.clone(), self.routes.clone());
         Box::pin(async move {
-            let mut passage = Passage::begin(&shared);
+            let passage = Passage::begin(&shared);
             passage.pass().await?;
             let inward = passage.clone();
             let request = request.map(|body| inward.over(body));
@@ -321,6 +336,6 @@ impl Laid {
 
 impl std::fmt::Debug for Link {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Link").field("way", &*self.shared.way.borrow()).finish_non_exhaustive()
+        f.debug_struct("Link").field("way", &self.shared.way()).finish_non_exhaustive()
     }
 }

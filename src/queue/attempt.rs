@@ -197,7 +197,7 @@ impl Means {
         let Some(first) = of.first() else { return Ok(None) };
         let generation = self.core.generation().await?;
         let (keys, candidates) = (self.keys.clone(), of.to_vec());
-        let who = participant::describe(&self.core.options.identity);
+        let who = participant::describe(&self.core);
         let body = move |record: &Record<'_>| chain::claim(&keys, &candidates, &who, record);
         let done = self.core.once(&generation, &first.entry.key, body, |done| done).await?;
         let hold = |index: usize, value| {
@@ -274,7 +274,11 @@ impl Means {
         let key = candidate.entry.key.clone();
         let found = self.core.rpc.get(&key, GetOptions::new(), None).await?;
         let Some(value) = found.kvs().first().map(|kv| kv.value().to_vec()) else { return Ok(()) };
-        let why = dead::why("claimed as often as it may be, and never acked", candidate.attempts());
+        let why = dead::why(
+            "claimed as often as it may be, and never acked",
+            candidate.attempts(),
+            self.core.runtime.wall_seconds(),
+        );
         let generation = self.core.generation().await?;
         let body = move |record: &Record<'_>| dead::bury(&keys, &candidate, &value, &why, record);
         self.core.once(&generation, &key, body, |_| ()).await

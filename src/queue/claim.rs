@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use etcd_client::proto::{PbResponseHeader, PbTxnOpResponse, PbTxnRequest, PbTxnResponse};
 use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp, TxnResponse};
@@ -208,7 +208,7 @@ impl Claim {
     /// When dropped, it goes on in the background.
     pub async fn reject(mut self, reason: &str) -> Result<()> {
         let hold = self.take()?;
-        let why = dead::why(reason, self.attempt);
+        let why = dead::why(reason, self.attempt, hold.core.runtime.wall_seconds());
         let value = std::mem::take(&mut self.item.value);
         self.queue.session.core().to_the_end(hold.reject(value, why)).await
     }
@@ -372,7 +372,7 @@ impl Hold {
     }
 
     async fn release_after(self, delay: Duration) -> Result<()> {
-        let delay = keys::write(&Delay::new(delay, SystemTime::now()));
+        let delay = keys::write(&Delay::new(delay, self.core.runtime.wall()));
         let then = vec![
             TxnOp::put(self.keys.delay(self.id()), delay, None),
             TxnOp::delete(self.facts.key.clone(), None),

@@ -152,12 +152,12 @@ impl Task {
         first: Ask,
         (items, books): (View, View),
     ) -> Self {
-        let now = Instant::now();
+        let (now, wall) = (Instant::now(), means.core.runtime.wall());
         let mut shelf = Shelf::new(means.keys.clone());
         let nothing = |_: &[u8]| None;
         for entry in books.entries() {
             let change = crate::session::view::Change { before: None, after: Some(entry.clone()) };
-            shelf.book(&change, now, &nothing);
+            shelf.book(&change, now, wall, &nothing);
         }
         shelf.look_at_all(items.entries(), now);
         Self {
@@ -258,10 +258,10 @@ impl Task {
             Ok(batch) => batch,
             Err(error) => return self.refused(error),
         };
-        let now = Instant::now();
+        let (now, wall) = (Instant::now(), self.means.core.runtime.wall());
         let items = &self.items;
         for change in &batch.changes {
-            self.shelf.book(change, now, &|key| items.get(key).cloned());
+            self.shelf.book(change, now, wall, &|key| items.get(key).cloned());
             if let (Some(before), None) = (&change.before, &change.after)
                 && let Some(claim) = self.claims.remove(&before.key)
                 && let Some(claim) = claim.upgrade()

@@ -49,10 +49,9 @@ impl std::fmt::Debug for DeadLetter {
     }
 }
 
-/// Why something is given up now.
-pub(super) fn why(reason: &str, attempts: u32) -> Why {
+/// Why something is given up; `since` in seconds since 1970.
+pub(super) fn why(reason: &str, attempts: u32, since: u64) -> Why {
     let end = (0..=reason.len().min(MAX_REASON)).rev().find(|end| reason.is_char_boundary(*end)).unwrap_or(0);
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     Why { reason: reason[..end].to_owned(), attempts, since }
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::time::Instant;
 
@@ -88,8 +89,8 @@ impl Shelf {
         }
     }
 
-    /// Takes in a change of the bookkeeping.
-    pub(crate) fn book(&mut self, change: &Change, now: Instant, find: Find<'_>) {
+    /// Takes in a change of the bookkeeping. `wall`: the time by which delays go.
+    pub(crate) fn book(&mut self, change: &Change, now: Instant, wall: SystemTime, find: Find<'_>) {
         let Some(entry) = change.after.as_ref().or(change.before.as_ref()) else { return };
         let keys = self.keys.clone();
         let after = change.after.as_deref();
@@ -113,7 +114,7 @@ impl Shelf {
             Some(Book::Delay(id)) => {
                 self.forget_rest(&keys.item(id));
                 let delay = after.and_then(|entry| keys::read::<Delay>(&entry.value));
-                let rest = delay.map(|delay| delay.rest(std::time::SystemTime::now()));
+                let rest = delay.map(|delay| delay.rest(wall));
                 let until = rest.and_then(|rest| now.checked_add(rest));
                 let note = self.note(id);
                 (note.delayed, note.resting) = (after.is_some(), until);

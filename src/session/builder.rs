@@ -12,6 +12,8 @@ use super::generation::Current;
 use super::lease::{self, Keeper, Liveness};
 use super::queues::Queues;
 use super::rpc::Rpc;
+#[cfg(feature = "embedded")]
+use super::runtime::Began;
 use super::runtime::Runtime;
 use super::transport::Transport;
 use super::{Core, Handle, Session, SessionState};
@@ -130,17 +132,21 @@ impl SessionBuilder {
 
     /// Lets tokio's clock decide about the lease.
     #[cfg(feature = "embedded")]
-    pub(crate) fn on_tokio_time(mut self) -> Self {
-        self.runtime = Some(Runtime::virtual_time(None));
+    pub(crate) fn on_tokio_time(mut self, began: Began) -> Self {
+        self.runtime = Some(Runtime::virtual_time(began));
         self
     }
 
-    /// Takes randomness from a seed, so that a run can be had again. After
-    /// [`Server::session`](crate::embedded::Server::session).
+    /// Takes randomness from a seed, so that a run can be had again: on a runtime of one thread with its clock paused, two
+    /// runs of the same code do the same at the same times. Tokio's own `watch` channels, which wake those who wait in an
+    /// order drawn by chance, and handlers on threads of their own are beyond it.
+    ///
+    /// For sessions on an [embedded server](crate::embedded::Server). Their clock on the wall begins on a day in 2020; so
+    /// give a seed to all of a server, or to none.
     #[cfg(feature = "embedded")]
     #[cfg_attr(docsrs, doc(cfg(feature = "embedded")))]
     pub fn seed(mut self, seed: u64) -> Self {
-        self.runtime = Some(Runtime::virtual_time(Some(seed)));
+        self.runtime = Some(self.runtime.unwrap_or_else(Runtime::current).seeded(seed));
         self
     }
 

@@ -1,9 +1,10 @@
 //! One lease of a session, and the local knowledge of its end.
 
 use std::num::NonZeroI64;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::runtime::{Runtime, Time};
@@ -24,20 +25,49 @@ pub(crate) struct Generation {
 
 /// The generation that a session has now, if any.
 #[derive(Debug, Default)]
-pub(crate) struct Current(Mutex<Option<Arc<Generation>>>);
+pub(crate) struct Current {
+    generation: Mutex<Option<Arc<Generation>>>,
+    /// Nothing follows any more.
+    over: AtomicBool,
+    // Not a `watch`, which wakes those who wait in an order drawn by chance: a run from a seed could not be had again.
+    changed: Notify,
+}
 
 impl Current {
     pub(crate) fn living(&self) -> Option<Arc<Generation>> {
         self.generation().clone().filter(|generation| generation.is_alive())
     }
 
-    /// Gives what was there before.
-    pub(crate) fn replace(&self, next: Option<Arc<Generation>>) -> Option<Arc<Generation>> {
-        std::mem::replace(&mut *self.generation(), next)
+    /// Waits for a generation that lives; `None` if there will be none.
+    pub(crate) async fn next(&self) -> Option<Arc<Generation>> {
+        loop {
+            // Hears of everything from here on.
+            let changed = self.changed.notified();
+            if let Some(generation) = self.living() {
+                return Some(generation);
+            }
+            if self.over.load(Ordering::Acquire) {
+                return None;
+            }
+            changed.await;
+        }
+    }
+
+    pub(crate) fn replace(&self, next: Option<Arc<Generation>>) {
+        *self.generation() = next;
+        self.changed.notify_waiters();
+    }
+
+    /// Ends the generation there is, and all that could follow.
+    pub(crate) fn end(&self) {
+        let last = self.generation().take();
+        last.iter().for_each(|generation| generation.end());
+        self.over.store(true, Ordering::Release);
+        self.changed.notify_waiters();
     }
 
     fn generation(&self) -> MutexGuard<'_, Option<Arc<Generation>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.generation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

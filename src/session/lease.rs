@@ -366,9 +366,7 @@ impl Keeper {
 impl Drop for Keeper {
     /// The session is over, whatever ended its keeper; nobody shall wait for a renewal that will not come.
     fn drop(&mut self) {
-        if let Some(generation) = self.current.replace(None) {
-            generation.end();
-        }
+        self.current.end();
         self.transport.leave();
         self.state.send_replace(SessionState::Closed);
     }

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::Core;
 use super::line::Member;
 use crate::name::{self, Hidden};
 
@@ -34,9 +35,9 @@ struct Description {
 }
 
 /// The value of a lock key created now.
-pub(crate) fn describe(identity: &str) -> Vec<u8> {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    serde_json::to_vec(&Description { identity: identity.to_owned(), since }).unwrap_or_default()
+pub(crate) fn describe(core: &Core) -> Vec<u8> {
+    let (identity, since) = (core.options.identity.clone(), core.runtime.wall_seconds());
+    serde_json::to_vec(&Description { identity, since }).unwrap_or_default()
 }
 
 impl From<Member> for Participant {

@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
@@ -33,10 +33,14 @@ pub(crate) struct Runtime {
     handle: Handle,
     tasks: TaskTracker,
     random: Mutex<fastrand::Rng>,
-    /// Where tokio's clock decides: when it began.
+    /// Where tokio's clock decides: when it began, and what the clock on the wall showed then.
     #[cfg(feature = "embedded")]
-    began: Option<tokio::time::Instant>,
+    began: Option<Began>,
 }
+
+/// The beginning of virtual time, by tokio's clock and by that on the wall.
+#[cfg(feature = "embedded")]
+pub(crate) type Began = (tokio::time::Instant, SystemTime);
 
 impl Runtime {
     /// The tokio runtime of the caller.
@@ -63,24 +67,41 @@ impl Runtime {
         }
     }
 
-    /// The same, with tokio's clock for the deadlines of leases as well, and a seed for its randomness.
+    /// The same, with tokio's clock for the deadlines of leases and in place of the one on the wall.
     #[cfg(feature = "embedded")]
-    pub(crate) fn virtual_time(seed: Option<u64>) -> Self {
-        let mut runtime = Self::current();
-        runtime.began = Some(tokio::time::Instant::now());
-        if let Some(seed) = seed {
-            runtime.random = Mutex::new(fastrand::Rng::with_seed(seed));
-        }
-        runtime
+    pub(crate) fn virtual_time(began: Began) -> Self {
+        Self { began: Some(began), ..Self::current() }
+    }
+
+    /// The same, with randomness and a clock on the wall that are alike in every run.
+    #[cfg(feature = "embedded")]
+    pub(crate) fn seeded(self, seed: u64) -> Self {
+        let began = self.began.map_or_else(tokio::time::Instant::now, |(began, _)| began);
+        let began = Some((began, SystemTime::UNIX_EPOCH + Duration::from_secs(1_600_000_000)));
+        Self { began, random: Mutex::new(fastrand::Rng::with_seed(seed)), ..self }
     }
 
     /// The time now. One system call without a lock: fit for the hottest path.
     pub(crate) fn now(&self) -> Time {
         #[cfg(feature = "embedded")]
-        if let Some(began) = self.began {
+        if let Some((began, _)) = self.began {
             return Time(nanos(began.elapsed()).saturating_add(1));
         }
         Time(clock().max(1))
+    }
+
+    /// The time on the wall, for what other machines are told. Decides about nothing that must be right.
+    pub(crate) fn wall(&self) -> SystemTime {
+        #[cfg(feature = "embedded")]
+        if let Some((began, wall)) = self.began {
+            return wall + began.elapsed();
+        }
+        SystemTime::now()
+    }
+
+    /// The same, in seconds since 1970.
+    pub(crate) fn wall_seconds(&self) -> u64 {
+        self.wall().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs())
     }
 
     /// Sleeps until `time`, also when the clock of the timers stands still while the machine sleeps.

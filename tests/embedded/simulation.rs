@@ -1,24 +1,27 @@
 //! Processes that use the recipes on virtual time, with faults drawn from a seed. What must hold is checked while they
-//! run and after. `SEED=… cargo test --test embedded simulation` runs one again: the same faults at the same times, but
-//! whoever waits for the same thing may be woken in another order, so that a rare failure may take a few runs.
+//! run and after. `SEED=… TRACE=1 cargo test --test embedded simulation::random -- --nocapture` runs one again, exactly, and
+//! prints what happens; `SEEDS=…` sets how many are run, `REPLAYS=…` how many are run twice and compared.
 
 mod faults;
 mod locks;
 mod queues;
 mod services;
+mod trace;
 mod world;
 
 use locks::Locks;
 use queues::Queues;
 use services::Registered;
+use trace::{Line, Trace};
 use world::World;
 
-/// Everything that happens is drawn from the seed; gives what was written, and when.
-fn run(seed: u64) -> String {
+/// Everything that happens is drawn from the seed; gives what went over the links, and when.
+fn run(seed: u64) -> Vec<Line> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(async {
-        let mut world = World::new(seed).await;
+        let trace = Trace::begin();
+        let mut world = World::new(seed, &trace).await;
         let World { server, processes, revokes, random, .. } = &mut world;
         let locks = Locks::begin(processes, *revokes, random);
         let queues = Queues::begin(processes, random);
@@ -28,7 +31,8 @@ fn run(seed: u64) -> String {
         locks.end(&world.processes).await;
         queues.end(&world.processes[0]).await;
         registered.end(&world.server).await;
-        world.end().await
+        world.end().await;
+        trace.lines()
     })
 }
 
@@ -37,7 +41,10 @@ fn run_all(seeds: impl Iterator<Item = u64>) {
     for seed in seeds {
         let result = std::panic::catch_unwind(|| run(seed));
         if let Err(panic) = result {
-            eprintln!("seed {seed} failed: SEED={seed} runs it again");
+            eprintln!(
+                "seed {seed} failed; the same again, with what happens:\n\
+                 SEED={seed} TRACE=1 cargo test --test embedded simulation::random -- --nocapture"
+            );
             std::panic::resume_unwind(panic);
         }
     }
@@ -58,8 +65,22 @@ fn half() -> u64 {
 #[test]
 fn random_faults_break_nothing() {
     match only() {
-        Some(seed) => println!("{}", run(seed)),
+        Some(seed) => run_all(seed..=seed),
         None => run_all(0..half()),
+    }
+}
+
+#[test]
+fn a_seed_replays_exactly() {
+    let replays = std::env::var("REPLAYS").map_or(8, |seeds| seeds.parse().expect("REPLAYS is a number"));
+    for seed in only().map_or(0..replays, |seed| seed..seed + 1) {
+        let (once, again) = (run(seed), run(seed));
+        let differs = once.iter().zip(&again).position(|(one, other)| one != other);
+        if let Some(at) = differs {
+            let about = at.saturating_sub(10);
+            panic!("seed {seed} differs in line {at}:\n{:#?}\n{:#?}", &once[about..=at], &again[about..=at]);
+        }
+        assert_eq!(once.len(), again.len(), "seed {seed}");
     }
 }
 

@@ -40,7 +40,8 @@ impl Rig {
             None => self.books.remove(&key),
         };
         let items = &self.items;
-        self.shelf.book(&Change { before, after }, self.now, &|key| items.get(key).cloned());
+        self.shelf
+            .book(&Change { before, after }, self.now, SystemTime::now(), &|key| items.get(key).cloned());
     }
 
     fn claim(&mut self, id: &str, revision: i64, attempts: u32, item: i64) {

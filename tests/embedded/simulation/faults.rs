@@ -8,6 +8,7 @@ use fastrand::Rng;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::trace::Trace;
 use super::world::Process;
 
 /// Methods that meet faults.
@@ -22,10 +23,16 @@ pub(super) struct Faults {
 
 impl Faults {
     /// Lets things go wrong until they are told to end.
-    pub(super) fn begin(server: &Arc<Server>, processes: &[Process], revokes: bool, random: Rng) -> Self {
+    pub(super) fn begin(
+        server: &Arc<Server>,
+        processes: &[Process],
+        revokes: bool,
+        random: Rng,
+        trace: Trace,
+    ) -> Self {
         let links: Vec<Link> = processes.iter().map(|process| process.link.clone()).collect();
         let (stop, held) = (CancellationToken::new(), Arc::new(Mutex::new(Vec::new())));
-        let storm = storm(server.clone(), links.clone(), held.clone(), revokes, random);
+        let storm = storm(server.clone(), links.clone(), held.clone(), revokes, random, trace);
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
             stopped.run_until_cancelled(storm).await;
@@ -60,12 +67,15 @@ async fn storm(
     held: Arc<Mutex<Vec<Injection>>>,
     revokes: bool,
     mut random: Rng,
+    trace: Trace,
 ) {
     loop {
         tokio::time::sleep(Duration::from_millis(random.u64(1..800))).await;
-        let link = &links[random.usize(..links.len())];
-        let method = METHODS[random.usize(..METHODS.len())];
-        match random.u8(..20) {
+        let number = random.usize(..links.len());
+        let (link, method) = (&links[number], METHODS[random.usize(..METHODS.len())]);
+        let what = random.u8(..20);
+        trace.note(format!("fault {what} at process {number}, {method}"));
+        match what {
             0..5 => drop(link.inject(method, Fault::LoseAnswer, random.usize(1..4))),
             5..8 => drop(link.inject(method, Fault::Refuse, random.usize(1..4))),
             8..12 => held.lock().unwrap().push(link.inject(method, Fault::Hold, 1)),

@@ -23,9 +23,6 @@ struct Book {
 
 impl Book {
     fn ack(&mut self, number: u64, result: Option<Result<(), Error>>) {
-        if std::env::var_os("TRACE").is_some() {
-            eprintln!("ack of {number}: {result:?}");
-        }
         match result {
             Some(Ok(())) => {
                 assert!(!self.acked.contains(&number), "{number} is acked twice");

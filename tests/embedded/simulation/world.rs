@@ -1,7 +1,6 @@
 //! The server, the processes on it, and what is recorded of them.
 
-use std::fmt::Write as _;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{EventType, GetOptions, WatchOptions};
@@ -9,9 +8,9 @@ use etcd_recipes::Session;
 use etcd_recipes::embedded::{Link, Server};
 use fastrand::Rng;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
 use super::faults::Faults;
+use super::trace::Trace;
 
 /// The TTL of all sessions.
 pub(super) const TTL: Duration = Duration::from_secs(5);
@@ -27,7 +26,6 @@ pub(super) struct World {
     /// Whether somebody revokes leases of others, who can only hear of it afterwards.
     pub(super) revokes: bool,
     faults: Faults,
-    history: Arc<Mutex<String>>,
     observer: JoinHandle<()>,
 }
 
@@ -39,21 +37,21 @@ pub(super) struct Process {
 }
 
 impl World {
-    pub(super) async fn new(seed: u64) -> Self {
+    pub(super) async fn new(seed: u64, trace: &Trace) -> Self {
         let mut random = Rng::with_seed(seed);
         let server = Arc::new(Server::start());
-        let (history, began) = (Arc::new(Mutex::new(String::new())), Instant::now());
-        let observer = observe(&server, history.clone(), began).await;
+        let observer = observe(&server, trace.clone()).await;
         let mut processes = Vec::new();
-        for _ in 0..random.usize(2..5) {
+        for number in 0..random.usize(2..5) {
             let link = server.link();
+            let client = trace.client(&link, format!("process {number}")).await;
             let session =
-                server.session(&link).await.unwrap().seed(random.u64(..)).identity("simulated").ttl(TTL);
+                Session::builder_with_client(client).seed(random.u64(..)).identity("simulated").ttl(TTL);
             processes.push(Process { session: session.connect().await.unwrap(), link });
         }
         let revokes = random.u8(..4) == 0;
-        let faults = Faults::begin(&server, &processes, revokes, random.fork());
-        Self { server, random, processes, revokes, faults, history, observer }
+        let faults = Faults::begin(&server, &processes, revokes, random.fork(), trace.clone());
+        Self { server, random, processes, revokes, faults, observer }
     }
 
     /// The end of the faults, from where everything must come right.
@@ -62,7 +60,7 @@ impl World {
     }
 
     /// Closes everything; nothing may be left, also not when the last late request has arrived.
-    pub(super) async fn end(mut self) -> String {
+    pub(super) async fn end(mut self) {
         self.calm().await;
         for process in &self.processes {
             tokio::time::timeout(CALM, process.session.close())
@@ -77,13 +75,11 @@ impl World {
         assert!(left.is_empty(), "left: {left:?}");
         assert_eq!(self.server.leases(), [0; 0], "leases are left");
         self.observer.abort();
-        let history = self.history.lock().unwrap();
-        history.clone()
     }
 }
 
-/// Writes down every change, and when it was heard of.
-async fn observe(server: &Server, history: Arc<Mutex<String>>, began: Instant) -> JoinHandle<()> {
+/// Puts down every change.
+async fn observe(server: &Server, trace: Trace) -> JoinHandle<()> {
     let mut client = server.client().await.unwrap();
     // An empty key asks for all.
     let all = WatchOptions::new().with_from_key().with_start_revision(1);
@@ -94,16 +90,8 @@ async fn observe(server: &Server, history: Arc<Mutex<String>>, began: Instant) -
             for event in message.events() {
                 let kv = event.kv().unwrap();
                 let what = if event.event_type() == EventType::Put { "put" } else { "delete" };
-                let (at, revision, key) = (began.elapsed(), kv.mod_revision(), kv.key().escape_ascii());
-                let mut history = history.lock().unwrap();
-                let _ = writeln!(history, "{at:?} {revision} {what} {key} {}", kv.lease());
-                if std::env::var_os("TRACE").is_some() {
-                    eprintln!(
-                        "{at:?} {revision} {what} {key}={} {:x}",
-                        kv.value().escape_ascii(),
-                        kv.lease()
-                    );
-                }
+                let (key, value) = (kv.key().escape_ascii(), kv.value().escape_ascii());
+                trace.note(format!("{} {what} {key}={value} {:x}", kv.mod_revision(), kv.lease()));
             }
         }
     })
