@@ -33,6 +33,7 @@
 //! queue is. Of the consumers that wait, one tries to take a new item and the others see that it is gone.
 
 mod attempt;
+mod builder;
 mod chain;
 mod claim;
 mod consumer;
@@ -52,6 +53,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 
 use self::attempt::{Ask, Reply};
+pub use self::builder::QueueBuilder;
 pub use self::claim::Claim;
 use self::consumer::Consumer;
 pub use self::dead::DeadLetter;
@@ -105,18 +107,6 @@ struct Shared {
     consumer: OnceLock<Consumer>,
 }
 
-/// Options of a [`Queue`]. Each process has its own: those that should agree must be told so.
-#[derive(Debug, Clone)]
-#[must_use = "a builder does nothing before `build`"]
-pub struct QueueBuilder {
-    session: Session,
-    name: Vec<u8>,
-    bound: Option<u32>,
-    max_attempts: Option<u32>,
-    time_limit: Option<Duration>,
-    once_window: Duration,
-}
-
 impl Queue {
     /// Names a queue, with the defaults of [`QueueBuilder`]. Nothing is sent.
     ///
@@ -133,14 +123,7 @@ impl Queue {
 
     /// Begins a queue with options.
     pub fn builder(session: &Session, name: impl AsRef<[u8]>) -> QueueBuilder {
-        QueueBuilder {
-            session: session.clone(),
-            name: name.as_ref().to_vec(),
-            bound: None,
-            max_attempts: None,
-            time_limit: None,
-            once_window: Duration::from_secs(600),
-        }
+        QueueBuilder::new(session, name.as_ref())
     }
 
     /// The same queue for payloads of one type, as JSON.
@@ -394,65 +377,5 @@ impl Queue {
 impl std::fmt::Debug for Queue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Queue").field("name", &name::display(&self.shared.name)).finish_non_exhaustive()
-    }
-}
-
-// === impl QueueBuilder ===
-
-impl QueueBuilder {
-    /// The most items in the queue, claimed ones included: who would put more waits. Others that put items without this
-    /// bound, Go's programs for instance, are not held back. Defaults to none.
-    pub fn bound(mut self, items: u32) -> Self {
-        self.bound = Some(items);
-        self
-    }
-
-    /// How often an item is delivered to those who claim; then it goes to the dead letters. Every claim counts, also one
-    /// that is released. Defaults to no limit.
-    pub fn max_attempts(mut self, attempts: u32) -> Self {
-        self.max_attempts = Some(attempts);
-        self
-    }
-
-    /// How long a claim may last: then the item is given back although the process lives, and the claim is lost. For
-    /// handlers that may hang. Defaults to no limit.
-    pub fn time_limit(mut self, limit: Duration) -> Self {
-        self.time_limit = Some(limit);
-        self
-    }
-
-    /// For how long an id given to [`Queue::enqueue_once`] is remembered, in whole seconds. Defaults to 10 minutes.
-    pub fn once_window(mut self, window: Duration) -> Self {
-        self.once_window = window;
-        self
-    }
-
-    /// Names the queue. Nothing is sent.
-    ///
-    /// # Errors
-    ///
-    /// As [`Queue::new`]; [`Error::InvalidOption`] if the bound, the attempts, the time limit or the window is zero.
-    pub fn build(self) -> Result<Queue> {
-        let zero = [
-            ("bound", self.bound == Some(0)),
-            ("max_attempts", self.max_attempts == Some(0)),
-            ("time_limit", self.time_limit == Some(Duration::ZERO)),
-            ("once_window", self.once_window.as_secs() == 0),
-        ];
-        if let Some((option, _)) = zero.into_iter().find(|(_, zero)| *zero) {
-            return Err(Error::InvalidOption { option, reason: "it is zero".into() });
-        }
-        let keys = Arc::new(Keys::new(&self.session.core().namespace, &self.name)?);
-        let shared = Shared {
-            name: self.name,
-            _used: self.session.core().use_queue(&keys.items)?,
-            keys,
-            bound: self.bound.map(i64::from),
-            max_attempts: self.max_attempts,
-            time_limit: self.time_limit,
-            once: Expiring::new(self.once_window),
-            consumer: OnceLock::new(),
-        };
-        Ok(Queue { session: self.session, shared: Arc::new(shared) })
     }
 }
