@@ -39,6 +39,7 @@ mod claim;
 mod consumer;
 mod dead;
 mod enqueue;
+mod hold;
 mod item;
 mod keys;
 mod shelf;

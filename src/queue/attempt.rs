@@ -8,8 +8,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use super::chain::{self, Candidate};
-use super::claim::{Claimed, Hold};
 use super::dead;
+use super::hold::{Claimed, Hold};
 use super::item::{Item, Parcel};
 use super::keys::Keys;
 use super::shelf::Tried;
