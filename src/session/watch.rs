@@ -8,6 +8,7 @@
 //! goes on after the last revision that was complete. When that is not possible (compacted, or the store is older than
 //! before: a restored backup) the watch ends with [`Message::Gap`], and its owner reads again.
 
+mod event;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,11 +23,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::event::{Changed, Entry, Event};
 use self::stream::Task;
 use super::freshness::Freshness;
 use super::rpc::Rpc;
 use crate::error::{Error, Result};
-use crate::name::{self, Hidden};
+use crate::name;
 
 /// How many messages may wait for a subscriber.
 const QUEUE: usize = 1024;
@@ -62,30 +64,6 @@ impl Range {
             Some(end) => key >= self.key.as_slice() && key < end.as_slice(),
         }
     }
-}
-
-/// A change of one key.
-#[derive(Debug)]
-pub(crate) struct Event {
-    pub(crate) revision: i64,
-    pub(crate) change: Changed,
-}
-
-/// What became of the key.
-#[derive(Debug)]
-pub(crate) enum Changed {
-    Put(Arc<Entry>),
-    Deleted(Vec<u8>),
-}
-
-/// A key as it is at etcd. Shared, so that its bytes are in memory once.
-#[derive(PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) key: Vec<u8>,
-    pub(crate) value: Vec<u8>,
-    pub(crate) create_revision: i64,
-    pub(crate) mod_revision: i64,
-    pub(crate) lease: i64,
 }
 
 /// What a subscriber hears.
@@ -379,43 +357,5 @@ impl Watch {
             self.told = Some(last.revision);
             self.tell(&Message::Events(events));
         }
-    }
-}
-
-impl Event {
-    pub(crate) fn key(&self) -> &[u8] {
-        match &self.change {
-            Changed::Put(entry) => &entry.key,
-            Changed::Deleted(key) => key,
-        }
-    }
-
-    fn from_etcd(event: PbEvent) -> Option<Self> {
-        let kv = event.kv?;
-        let revision = kv.mod_revision;
-        let change = match event.r#type {
-            0 => Changed::Put(Arc::new(Entry {
-                key: kv.key,
-                value: kv.value,
-                create_revision: kv.create_revision,
-                mod_revision: revision,
-                lease: kv.lease,
-            })),
-            1 => Changed::Deleted(kv.key),
-            _ => return None,
-        };
-        Some(Self { revision, change })
-    }
-}
-
-impl std::fmt::Debug for Entry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Entry")
-            .field("key", &name::display(&self.key))
-            .field("value", &Hidden(&self.value))
-            .field("create_revision", &self.create_revision)
-            .field("mod_revision", &self.mod_revision)
-            .field("lease", &format_args!("{:x}", self.lease))
-            .finish()
     }
 }
