@@ -5,22 +5,20 @@
 //!
 //! A leadership is a guard like that of the [mutex](crate::mutex), with the same limits and the same means of fencing.
 
+mod observe;
+
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use etcd_client::{Compare, Txn, TxnResponse};
-use futures::Stream;
-use futures::stream::{BoxStream, StreamExt};
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
 
+pub use self::observe::{Observation, Observe};
 use crate::error::{Error, Result};
 use crate::name::{self, Hidden};
 use crate::session::Session;
 use crate::session::line::{Line, Member, Place};
 use crate::session::participant::Participant;
-use crate::session::view::{Values, View};
 
 /// An election among everybody who uses its name on one etcd cluster.
 ///
@@ -55,16 +53,6 @@ pub struct Leader {
     pub create_revision: i64,
     /// The lease it lives on; 0 if none.
     pub lease: i64,
-}
-
-/// Who led at one revision.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Observation {
-    /// A revision of etcd at which this was true.
-    pub revision: i64,
-    /// The leader, or `None` when there was none.
-    pub leader: Option<Leader>,
 }
 
 impl Election {
@@ -130,9 +118,7 @@ impl Election {
     /// session is closed, with [`Error::Closed`], or when etcd denies permission. It keeps the session open like any
     /// other handle.
     pub fn observe(&self) -> Observe {
-        let (session, prefix) = (self.session.clone(), self.line.prefix().clone());
-        let states = observations(session, prefix);
-        Observe { observations: states.boxed() }
+        Observe::new(self.session.clone(), self.line.prefix().clone())
     }
 
     /// Takes up a leadership that an earlier guard of this session gave up with [`Leadership::detach`].
@@ -178,26 +164,6 @@ impl std::fmt::Debug for Leader {
             .field("create_revision", &self.create_revision)
             .field("lease", &format_args!("{:x}", self.lease))
             .finish()
-    }
-}
-
-/// The stream of [`Election::observe`].
-#[must_use = "a stream does nothing unless polled"]
-pub struct Observe {
-    observations: BoxStream<'static, Result<Observation>>,
-}
-
-impl Stream for Observe {
-    type Item = Result<Observation>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.observations.poll_next_unpin(cx)
-    }
-}
-
-impl std::fmt::Debug for Observe {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Observe").finish_non_exhaustive()
     }
 }
 
@@ -348,56 +314,4 @@ impl std::fmt::Debug for Leadership {
             .field("token", &self.token())
             .finish_non_exhaustive()
     }
-}
-
-/// What an observer is doing.
-enum Watching {
-    Opening,
-    Following(Box<View>, Option<Leader>),
-}
-
-fn observations(session: Session, prefix: name::Prefix) -> impl Stream<Item = Result<Observation>> {
-    // No state: the stream has ended.
-    futures::stream::unfold(Some(Watching::Opening), move |state| {
-        let (session, prefix) = (session.clone(), prefix.clone());
-        async move {
-            let state = state?;
-            let stepped = tokio::select! {
-                biased;
-                () = session.closing() => Err(Error::Closed),
-                stepped = step(state, &session, prefix) => stepped,
-            };
-            Some(match stepped {
-                Ok((observation, state)) => (Ok(observation), Some(state)),
-                Err(error) => (Err(error), None),
-            })
-        }
-    })
-}
-
-/// Goes on to the next report.
-async fn step(state: Watching, session: &Session, prefix: name::Prefix) -> Result<(Observation, Watching)> {
-    let (mut view, reported) = match state {
-        Watching::Opening => {
-            (Box::new(View::open(session.core().clone(), prefix, Values::Keep).await?), None)
-        }
-        Watching::Following(mut view, leader) => {
-            view.next().await?;
-            (view, Some(leader))
-        }
-    };
-    loop {
-        let leader = first(&view);
-        if reported.as_ref() != Some(&leader) {
-            let observation = Observation { revision: view.revision(), leader: leader.clone() };
-            return Ok((observation, Watching::Following(view, leader)));
-        }
-        view.next().await?;
-    }
-}
-
-fn first(view: &View) -> Option<Leader> {
-    let entry = view.entries().min_by_key(|entry| (entry.create_revision, &entry.key))?;
-    let (key, value) = (entry.key.clone(), entry.value.clone());
-    Some(Leader { key, value, create_revision: entry.create_revision, lease: entry.lease })
 }
