@@ -24,20 +24,21 @@
 //! transaction, of a read, of a release by the same session that read the own key, or of the deletion that emptied the
 //! set ahead. Later holders see a later revision, so tokens grow strictly from holder to holder.
 
+mod contenders;
 mod place;
 mod wait;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use etcd_client::proto::PbResponseOp;
 use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, SortOrder, SortTarget, TxnOp};
-use tokio::sync::Notify;
 
+use self::contenders::{Contenders, Membership, Position};
 pub(crate) use self::place::Place;
 use self::wait::Waiter;
 use super::generation::Generation;
-use super::owned_key::{Created, Creation, Owned, OwnedKey};
+use super::owned_key::{Created, Creation, OwnedKey};
 use super::rpc::{KeyFacts, RangeAnswer, revision};
 use super::watch::Range;
 use super::{Core, Session};
@@ -56,36 +57,6 @@ pub(crate) struct Line {
     contenders: Mutex<Contenders>,
 }
 
-/// Positions are shared, because a tree keeps room for several.
-type Contenders = BTreeMap<Arc<Position>, Arc<Mailbox>>;
-
-/// A contender's place: in the line of its generation, by create revision, then key. A generation that is lost has no
-/// say in the next, whoever still holds on to its guards.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Position {
-    generation: u64,
-    created: i64,
-    key: Vec<u8>,
-}
-
-impl Position {
-    fn of(facts: &Owned) -> Self {
-        Self { generation: facts.generation.number, created: facts.create_revision, key: facts.key.clone() }
-    }
-
-    /// Where its generation begins.
-    fn front(&self) -> Self {
-        Self { generation: self.generation, created: 0, key: Vec::new() }
-    }
-}
-
-/// How one contender of a session tells the next that it is its turn to look.
-#[derive(Default)]
-struct Mailbox {
-    standing: Mutex<Option<Standing>>,
-    arrived: Notify,
-}
-
 /// What one snapshot shows of a contender's place.
 #[derive(Debug, Clone)]
 struct Standing {
@@ -94,13 +65,6 @@ struct Standing {
     /// The keys ahead, the nearest first: all of them, or when `more`, only some.
     ahead: Vec<Vec<u8>>,
     more: bool,
-}
-
-/// A contender's membership in the session's part of the line; ends when dropped.
-struct Membership {
-    line: Arc<Line>,
-    position: Arc<Position>,
-    mailbox: Arc<Mailbox>,
 }
 
 /// One key of a line, for people to look at.
@@ -323,32 +287,6 @@ impl Line {
         let range = RangeAnswer::of(responses, op)?;
         Standing::read(range.keys(), range.more(), me, revision)
     }
-
-    fn contenders(&self) -> MutexGuard<'_, Contenders> {
-        self.contenders.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The contender of this session behind `position`.
-    fn behind(&self, position: &Position) -> Option<Arc<Position>> {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let contenders = self.contenders();
-        let next = contenders.range::<Position, _>((Excluded(position), Unbounded)).next();
-        next.filter(|(next, _)| next.generation == position.generation).map(|(next, _)| next.clone())
-    }
-
-    /// Takes a contender off the list, and tells the next of this session what is known of its place.
-    fn leave(&self, position: &Position, next: Option<(Arc<Position>, Standing)>) {
-        let mut contenders = self.contenders();
-        let led = first_of(&contenders, position).is_some_and(|(first, _)| **first == *position);
-        if contenders.remove(position).is_none() || !led {
-            return;
-        }
-        if let Some((position, mailbox)) = first_of(&contenders, position) {
-            let standing = next.filter(|(of, _)| of == position).map(|(_, standing)| standing);
-            *mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
-            mailbox.arrived.notify_one();
-        }
-    }
 }
 
 /// Such a key was not made by a lock or an election, and nobody but a person will remove it.
@@ -356,17 +294,6 @@ fn warn_without_lease(facts: &KeyFacts) {
     if facts.lease == 0 {
         tracing::warn!(key = %name::display(&facts.key), "a key without a lease blocks its line until it is deleted");
     }
-}
-
-/// The first contender of the generation that `position` is of.
-fn first_of<'a>(
-    contenders: &'a Contenders,
-    position: &Position,
-) -> Option<(&'a Arc<Position>, &'a Arc<Mailbox>)> {
-    contenders
-        .range::<Position, _>(position.front()..)
-        .next()
-        .filter(|(first, _)| first.generation == position.generation)
 }
 
 impl Standing {
@@ -391,27 +318,5 @@ impl Standing {
 
     fn is_first(&self) -> bool {
         self.ahead.is_empty() && !self.more
-    }
-}
-
-// === impl Membership ===
-
-impl Membership {
-    fn join(line: Arc<Line>, position: Position) -> Self {
-        let position = Arc::new(position);
-        let mailbox = Arc::new(Mailbox::default());
-        line.contenders().insert(position.clone(), mailbox.clone());
-        Self { line, position, mailbox }
-    }
-
-    /// Whether no other contender of this session is ahead.
-    fn leads(&self) -> bool {
-        first_of(&self.line.contenders(), &self.position).is_some_and(|(first, _)| *first == self.position)
-    }
-}
-
-impl Drop for Membership {
-    fn drop(&mut self) {
-        self.line.leave(&self.position, None);
     }
 }
