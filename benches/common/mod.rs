@@ -1,4 +1,4 @@
-//! What the benches share: counters, workers, result lines, comparisons and the table.
+//! What the benches share: command lines, counters, workers, result lines, comparisons and the table.
 
 // Each bench is a program of its own and uses a part of this.
 #![allow(dead_code)]
@@ -7,6 +7,8 @@ pub(crate) mod compare;
 pub(crate) mod counters;
 pub(crate) mod crew;
 pub(crate) mod line;
+pub(crate) mod load;
+pub(crate) mod options;
 pub(crate) mod proxy;
 pub(crate) mod table;
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
@@ -93,15 +94,15 @@ fn number(value: f64) -> String {
     if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.2}") }
 }
 
-/// Measures the rows whose name contains `only`, shows them and keeps them in `target/bench/{name}.json`; `false` when
-/// some could not be measured. A measure gives the figures of its rows in their order, `None` for one that cannot be had
+/// Measures the rows whose name contains `only`, shows them and keeps them in `target/bench/{name}.json`; fails
+/// when some could not be measured. A measure gives the figures of its rows in their order, `None` for one that cannot be had
 /// here.
 pub(crate) async fn run<M>(
     name: &str,
     cases: Vec<Case<M>>,
     only: &str,
     measure: impl AsyncFn(M) -> Result<Vec<Option<Figure>>>,
-) -> Result<bool> {
+) -> Result<ExitCode> {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(["", "value", "unit", "target", "", "from"]);
@@ -133,7 +134,7 @@ pub(crate) async fn run<M>(
     }
     println!("{table}");
     save(name, &lines)?;
-    Ok(complete)
+    Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn save(name: &str, lines: &[Value]) -> Result<()> {

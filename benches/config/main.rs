@@ -16,29 +16,12 @@ use anyhow::Result;
 use clap::Parser;
 
 use crate::common::compare::Figure;
+use crate::common::options::{self, Options};
 use crate::common::table::{self, Case, case, ratio, row};
 
 /// Keys in the large prefix, with values of [`VALUE`] bytes.
 const KEYS: usize = 100_000;
 const VALUE: usize = 100;
-
-/// Measures the table of the config benchmark.
-#[derive(Debug, Parser)]
-#[command(name = "config")]
-struct Options {
-    /// Measure shorter, to try it out
-    #[arg(long)]
-    quick: bool,
-    /// Measure only the rows whose name contains this
-    #[arg(long, value_name = "SUBSTR", default_value = "")]
-    only: String,
-    /// etcd's client URL; `cargo xtask bench config` starts an etcd and sets it
-    #[arg(long, env = "ETCD_ENDPOINTS")]
-    endpoints: String,
-    /// The URL of its metrics [default: the endpoint's]
-    #[arg(long, env = "ETCD_METRICS")]
-    metrics: Option<String>,
-}
 
 /// What is measured together.
 enum Measure {
@@ -48,11 +31,12 @@ enum Measure {
     Notify { handlers: usize },
 }
 
-/// Where and how long.
+/// Measures the table of the config benchmark.
+#[derive(Debug, Parser)]
+#[command(name = "config")]
 struct Bench {
-    endpoint: String,
-    metrics: String,
-    quick: bool,
+    #[command(flatten)]
+    options: Options,
 }
 
 fn cases() -> Vec<Case<Measure>> {
@@ -105,18 +89,13 @@ impl Bench {
 
 #[tokio::main]
 async fn main() -> Result<ExitCode> {
-    // cargo adds one argument of its own.
-    let args: Vec<String> = std::env::args().filter(|arg| arg != "--bench").collect();
+    let args = options::args();
     if let [_, workload, endpoint, name] = args.as_slice()
         && workload == "memory"
     {
         println!("{}", serde_json::to_string(&sync::peak(endpoint, name).await?)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let options = Options::parse_from(args);
-    let endpoint = options.endpoints.split(',').next().unwrap_or_default().to_owned();
-    let metrics = options.metrics.as_deref().unwrap_or(&endpoint).trim_end_matches("/metrics").to_owned();
-    let bench = Bench { endpoint, metrics, quick: options.quick };
-    let measured = table::run("config", cases(), &options.only, async |measure| bench.measure(measure).await);
-    Ok(if measured.await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let bench = Bench::parse_from(args);
+    table::run("config", cases(), &bench.options.only, async |measure| bench.measure(measure).await).await
 }

@@ -18,12 +18,12 @@ use crate::common::line::{Line, Measured};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) async fn measure(bench: &Bench, handlers: usize) -> Result<Vec<Figure>> {
-    let times = if bench.quick { 100 } else { 1000 };
-    let session = Session::connect([&bench.endpoint]).await?;
+    let times = if bench.options.quick { 100 } else { 1000 };
+    let session = Session::connect([&bench.options.endpoint]).await?;
     let cache = ConfigCache::open(&session, fresh("config")).await?;
-    let client = Client::connect([&bench.endpoint], None).await?;
+    let client = Client::connect([&bench.options.endpoint], None).await?;
     let rounds = Rounds::run(
-        if bench.quick { 2 } else { 6 },
+        if bench.options.quick { 2 } else { 6 },
         async || published(bench, &cache, handlers, times).await,
         async || raw(bench, &client, times).await,
     )
@@ -50,7 +50,7 @@ async fn published(bench: &Bench, cache: &ConfigCache, handlers: usize, times: u
     for _ in 0..handlers {
         calls.recv().await;
     }
-    let before = counters::read(&bench.metrics).await?;
+    let before = counters::read(bench.options.metrics()).await?;
     let mut samples = Vec::new();
     for number in 0..times {
         let start = Instant::now();
@@ -64,7 +64,7 @@ async fn published(bench: &Bench, cache: &ConfigCache, handlers: usize, times: u
         published?;
         samples.push((last.context("a handler was not called")? - start).as_nanos() as u64);
     }
-    let counted = counters::difference(&before, &counters::read(&bench.metrics).await?);
+    let counted = counters::difference(&before, &counters::read(bench.options.metrics()).await?);
     drop(held);
     Ok(line("publish", samples, counted))
 }
@@ -74,7 +74,7 @@ async fn raw(bench: &Bench, client: &Client, times: usize) -> Result<Line> {
     let (mut watch, mut kv) = (client.watch_client(), client.kv_client());
     let mut events = watch.watch(key.clone(), Some(WatchOptions::new())).await?;
     events.message().await?.context("no watch")?;
-    let before = counters::read(&bench.metrics).await?;
+    let before = counters::read(bench.options.metrics()).await?;
     let mut samples = Vec::new();
     for number in 0..times {
         let start = Instant::now();
@@ -86,7 +86,7 @@ async fn raw(bench: &Bench, client: &Client, times: usize) -> Result<Line> {
         event.0?.context("the watch ended")?;
         samples.push((event.1 - start).as_nanos() as u64);
     }
-    let counted = counters::difference(&before, &counters::read(&bench.metrics).await?);
+    let counted = counters::difference(&before, &counters::read(bench.options.metrics()).await?);
     kv.delete(key, None).await?;
     Ok(line("raw", samples, counted))
 }

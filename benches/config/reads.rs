@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) async fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     let large = Large::fill(bench).await?;
-    let session = Session::connect([&bench.endpoint]).await?;
+    let session = Session::connect([&bench.options.endpoint]).await?;
     let cache = ConfigCache::open(&session, &large.name).await?;
     ensure!(cache.snapshot().len() == KEYS, "not all keys are there");
     let plain: HashMap<Vec<u8>, Vec<u8>> =
@@ -31,8 +31,8 @@ pub(crate) async fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     }
     let stop = CancellationToken::new();
     let writer = tokio::spawn(write(cache.clone(), stop.clone()));
-    let reads = if bench.quick { 1_000_000 } else { 5_000_000 };
-    let rounds = if bench.quick { 2 } else { 10 };
+    let reads = if bench.options.quick { 1_000_000 } else { 5_000_000 };
+    let rounds = if bench.options.quick { 2 } else { 10 };
     let of_map = async || {
         let (plain, keys) = (plain.clone(), keys.clone());
         read(reads, keys, move |key| plain.get(key).map_or(0, Vec::len)).await

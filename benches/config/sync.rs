@@ -34,7 +34,7 @@ pub(crate) struct Large {
 
 impl Large {
     pub(crate) async fn fill(bench: &Bench) -> Result<Self> {
-        let (client, name) = (Client::connect([&bench.endpoint], None).await?, fresh("config"));
+        let (client, name) = (Client::connect([&bench.options.endpoint], None).await?, fresh("config"));
         for start in (0..KEYS).step_by(BATCH) {
             let put = |number| TxnOp::put(format!("{name}/{}", key(number)), value(number), None);
             let puts: Vec<_> = (start..start + BATCH).map(put).collect();
@@ -68,10 +68,10 @@ impl Large {
 
 pub(crate) async fn time(bench: &Bench) -> Result<Vec<Figure>> {
     let large = Large::fill(bench).await?;
-    let session = Session::connect([&bench.endpoint]).await?;
+    let session = Session::connect([&bench.options.endpoint]).await?;
     let timed = |start: Instant| Line { secs: start.elapsed().as_secs_f64(), ..Line::default() };
     let rounds = Rounds::run(
-        if bench.quick { 2 } else { 10 },
+        if bench.options.quick { 2 } else { 10 },
         async || {
             let start = Instant::now();
             let cache = ConfigCache::open(&session, &large.name).await?;
@@ -93,7 +93,7 @@ pub(crate) async fn time(bench: &Bench) -> Result<Vec<Figure>> {
 
 pub(crate) async fn memory(bench: &Bench) -> Result<Vec<Figure>> {
     let large = Large::fill(bench).await?;
-    let args = ["memory".to_owned(), bench.endpoint.clone(), large.name.clone()];
+    let args = ["memory".to_owned(), bench.options.endpoint.clone(), large.name.clone()];
     let line = run_program(&std::env::current_exe()?, &args).await?;
     let content = KEYS * (large.name.len() + 1 + key(0).len() + VALUE);
     large.remove().await?;

@@ -149,7 +149,7 @@ pub(crate) async fn handoff(load: &Load) -> Result<Line> {
     if let Some(first) = holders.first_mut() {
         first.releases = 1;
     }
-    let line = take_turns(PEER, load.run(), load.hold, holders).await?;
+    let line = take_turns(PEER, load.run(), load.own.hold, holders).await?;
     load.connect().await?.delete(ring, Some(DeleteOptions::new().with_prefix())).await?;
     Ok(line)
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use clap::Parser;
 use etcd_recipes::{Mutex, Session};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -12,8 +13,9 @@ use crate::common::compare::{Figure, Rounds, median, memory, millis, per_second,
 use crate::common::counters::{self, Counters};
 use crate::common::fresh;
 use crate::common::line::Line;
+use crate::common::options::Options;
 use crate::common::proxy::DelayProxy;
-use crate::load::{Load, Workload};
+use crate::load::{Flags, Load, Workload};
 use crate::run;
 
 /// The section that hand-offs are measured with.
@@ -40,14 +42,18 @@ pub(crate) enum Measure {
     WaiterMemory { waiters: usize, names: usize },
 }
 
-/// Where and how thoroughly to measure.
-#[derive(Debug)]
+/// Measures the table of the lock benchmark.
+#[derive(Debug, Parser)]
+#[command(
+    name = "locks",
+    after_help = "With a workload as its first argument it takes other flags: see WORKLOAD --help."
+)]
 pub(crate) struct Bench {
-    pub(crate) endpoint: String,
-    pub(crate) metrics: String,
-    pub(crate) quick: bool,
-    /// The peers' Go program.
-    pub(crate) go: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) options: Options,
+    /// The peers' Go program, to compare with
+    #[arg(long, env = "PEER_GO")]
+    go: Option<PathBuf>,
 }
 
 impl Bench {
@@ -80,8 +86,8 @@ impl Bench {
     }
 
     async fn handoff(&self, waiters: usize, busy: bool) -> Result<Vec<Option<Figure>>> {
-        let ours = Load { hold: SECTION, ..self.load(Workload::MutexContended, waiters, 3.0) };
-        let floor = Load { hold: SECTION, ..self.load(Workload::FloorHandoff, waiters, 3.0) };
+        let ours = held(SECTION, self.load(Workload::MutexContended, waiters, 3.0));
+        let floor = held(SECTION, self.load(Workload::FloorHandoff, waiters, 3.0));
         let _others = if busy { Some(self.write_unrelated_keys().await?) } else { None };
         let rounds = self.alternate(&ours, &floor).await?;
         let tail = |line: &Line| line.p99() / line.p50();
@@ -96,10 +102,10 @@ impl Bench {
     }
 
     async fn slow_link(&self, waiters: usize) -> Result<Vec<Option<Figure>>> {
-        let link = DelayProxy::start(&self.endpoint, LINK).await?;
+        let link = DelayProxy::start(&self.options.endpoint, LINK).await?;
         let over_link = |load: Load| Load { endpoint: link.url.clone(), ..load };
         let ours = over_link(self.load(Workload::MutexContended, waiters, 6.0));
-        let ours = Load { hold: LONG_SECTION, ..ours };
+        let ours = held(LONG_SECTION, ours);
         let floor = over_link(self.load(Workload::FloorWatch, 1, 2.0));
         let floor = Load { mode: "delete".into(), ..floor };
         Ok(vec![Some(self.alternate(&ours, &floor).await?.ratio(Line::p50, millis))])
@@ -155,24 +161,25 @@ impl Bench {
     async fn requests(&self) -> Result<Vec<Option<Figure>>> {
         const LOCKS: usize = 200;
         // A TTL so long that no keepalive comes between.
-        let session = Session::builder([&self.endpoint]).ttl(Duration::from_secs(90)).connect().await?;
+        let session =
+            Session::builder([&self.options.endpoint]).ttl(Duration::from_secs(90)).connect().await?;
         let mutexes =
             (0..LOCKS).map(|_| Mutex::new(&session, fresh("lock"))).collect::<Result<Vec<_>, _>>()?;
-        let mut counted = vec![counters::read(&self.metrics).await?];
+        let mut counted = vec![counters::read(self.options.metrics()).await?];
         let mut guards = Vec::new();
         for mutex in &mutexes {
             guards.push(mutex.lock().await?);
         }
-        counted.push(counters::read(&self.metrics).await?);
+        counted.push(counters::read(self.options.metrics()).await?);
         for guard in guards {
             guard.unlock().await?;
         }
-        counted.push(counters::read(&self.metrics).await?);
+        counted.push(counters::read(self.options.metrics()).await?);
         let mut guards = Vec::new();
         for mutex in &mutexes {
             guards.push(mutex.try_lock().await?.context("a lock is taken that nobody has")?);
         }
-        counted.push(counters::read(&self.metrics).await?);
+        counted.push(counters::read(self.options.metrics()).await?);
         drop(guards);
         session.close().await?;
         let each = |pair: &[Counters]| {
@@ -190,7 +197,7 @@ impl Bench {
         // All come at once, and it takes seconds until a thousand have found their places. Their keepalives come at
         // once as well and hold up the line, so a short look may see no hand-off at all.
         let (warm, dur) = (Duration::from_millis(1000 + 5 * waiters as u64), Duration::from_secs(5));
-        let line = run(&Load { hold: SHORT_SECTION, mode: "few".into(), warm, dur, ..load }).await?;
+        let line = run(&held(SHORT_SECTION, Load { mode: "few".into(), warm, dur, ..load })).await?;
         let (out, asked) = (line.count("out/Watch"), line.count("in/Watch"));
         let origin = format!("{} hand-offs; {asked:.2} watches made or cancelled for each", line.ops);
         // Each request for a watch, or for its end, is answered by one message.
@@ -215,30 +222,22 @@ impl Bench {
     }
 
     async fn waiter_memory(&self, waiters: usize, names: usize) -> Result<Vec<Option<Figure>>> {
-        let load = Load { names, ..self.load(Workload::MemoryWaiters, waiters, 1.0) };
+        let mut load = self.load(Workload::MemoryWaiters, waiters, 1.0);
+        load.own.names = names;
         Ok(vec![Some(memory(&run_program(&std::env::current_exe()?, &load.args()).await?))])
     }
 
     /// A load of `seconds` in each round.
     fn load(&self, workload: Workload, n: usize, seconds: f64) -> Load {
-        let share = if self.quick { 0.25 } else { 1.0 };
-        Load {
-            workload,
-            endpoint: self.endpoint.clone(),
-            metrics: Some(self.metrics.clone()),
-            dur: Duration::from_secs_f64(seconds * share),
-            warm: Duration::from_millis(if n > 32 { 1000 } else { 500 }),
-            n,
-            mode: String::new(),
-            hold: Duration::ZERO,
-            ttl: 10,
-            size: 16,
-            names: 1,
-        }
+        let share = if self.options.quick { 0.25 } else { 1.0 };
+        let dur = Duration::from_secs_f64(seconds * share);
+        let warm = Duration::from_millis(if n > 32 { 1000 } else { 500 });
+        let flags = Flags { hold: Duration::ZERO, names: 1 };
+        Load { warm, ..Load::new(&self.options, workload, n, dur, flags) }
     }
 
     pub(crate) fn count(&self) -> usize {
-        if self.quick { 2 } else { 5 }
+        if self.options.quick { 2 } else { 5 }
     }
 
     async fn alternate(&self, ours: &Load, floor: &Load) -> Result<Rounds> {
@@ -262,4 +261,10 @@ impl Bench {
         }
         Ok(others)
     }
+}
+
+/// The same with time spent inside the critical section.
+fn held(section: Duration, mut load: Load) -> Load {
+    load.own.hold = section;
+    load
 }

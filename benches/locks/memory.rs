@@ -47,8 +47,8 @@ pub(crate) async fn waiters(load: &Load) -> Result<Line> {
         begin(Session::builder([&load.endpoint]), load).await?,
     );
     let prefix = fresh("lock");
-    let names: Vec<String> = (0..load.names).map(|i| format!("{prefix}/{i}")).collect();
-    let held = open(load.names, async |i| Ok(Mutex::new(&holder, &names[i])?.lock().await?)).await?;
+    let names: Vec<String> = (0..load.own.names).map(|i| format!("{prefix}/{i}")).collect();
+    let held = open(load.own.names, async |i| Ok(Mutex::new(&holder, &names[i])?.lock().await?)).await?;
     let mut waiting = Waiting::start(load, prefix, held.len()).await?;
     for start in (0..load.n).step_by(BATCH) {
         let batch = start..load.n.min(start + BATCH);

@@ -81,7 +81,7 @@ pub(crate) async fn mutex_contended(load: &Load) -> Result<Line> {
     let newest = Arc::new(AtomicI64::new(0));
     let locker = |session| Ok(Locker { mutex: Mutex::new(session, &name)?, newest: newest.clone() });
     let lockers = sessions.iter().map(locker).collect::<Result<_>>()?;
-    let line = take_turns(PEER, load.run(), load.hold, lockers).await?;
+    let line = take_turns(PEER, load.run(), load.own.hold, lockers).await?;
     close(&sessions).await?;
     Ok(line)
 }
@@ -93,7 +93,7 @@ pub(crate) async fn election(load: &Load) -> Result<Line> {
         Ok(Candidate { election: Election::new(session, &name)?, value: format!("candidate-{i}") })
     };
     let candidates = sessions.iter().enumerate().map(candidate).collect::<Result<_>>()?;
-    let line = take_turns(PEER, load.run(), load.hold, candidates).await?;
+    let line = take_turns(PEER, load.run(), load.own.hold, candidates).await?;
     close(&sessions).await?;
     Ok(line)
 }

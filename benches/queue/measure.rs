@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
+use clap::Parser;
 
 use crate::common::compare::{Figure, Rounds, millis, per_second, run_program};
 use crate::common::line::Line;
-use crate::load::{Load, Workload};
+use crate::common::options::Options;
+use crate::load::{Flags, Load, Workload};
 use crate::run;
 
 /// Something that gives one or several figures.
@@ -20,14 +22,18 @@ pub(crate) enum Measure {
     Memory,
 }
 
-/// Where and how thoroughly to measure.
-#[derive(Debug)]
+/// Measures the table of the queue benchmark.
+#[derive(Debug, Parser)]
+#[command(
+    name = "queue",
+    after_help = "With a workload as its first argument it takes other flags: see WORKLOAD --help."
+)]
 pub(crate) struct Bench {
-    pub(crate) endpoint: String,
-    pub(crate) metrics: String,
-    pub(crate) quick: bool,
-    /// The peers' Go program.
-    pub(crate) go: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) options: Options,
+    /// The peers' Go program, to compare with
+    #[arg(long, env = "PEER_GO")]
+    go: Option<PathBuf>,
 }
 
 impl Bench {
@@ -44,7 +50,7 @@ impl Bench {
 
     async fn drain(&self, consumers: usize, claims: bool) -> Result<Vec<Option<Figure>>> {
         let mut load = self.load(Workload::QueueDrain, consumers, 10.0);
-        load.preload = if self.quick { 5_000 } else { 20_000 };
+        load.own.preload = if self.options.quick { 5_000 } else { 20_000 };
         if claims {
             load.mode = "claim".into();
             let line = run(&load).await?;
@@ -55,7 +61,7 @@ impl Bench {
             return Ok(vec![Some(requests(&line, 0.0)), Some(rate(&line)), None]);
         };
         let rounds = Rounds::run(
-            if self.quick { 1 } else { 3 },
+            if self.options.quick { 1 } else { 3 },
             async || run(&load).await,
             async || run_program(go, &load.args()).await,
         );
@@ -67,10 +73,14 @@ impl Bench {
 
     /// The same number of items out of a long and a short queue.
     async fn length(&self) -> Result<Vec<Option<Figure>>> {
-        let of = |preload| Load { preload, items: Some(1000), ..self.load(Workload::QueueDrain, 1, 10.0) };
+        let of = |preload| {
+            let mut load = self.load(Workload::QueueDrain, 1, 10.0);
+            (load.own.preload, load.own.items) = (preload, Some(1000));
+            load
+        };
         let (long, short) = (of(100_000), of(1_000));
         let rounds = Rounds::run(
-            if self.quick { 1 } else { 3 },
+            if self.options.quick { 1 } else { 3 },
             async || run(&long).await,
             async || run(&short).await,
         );
@@ -104,7 +114,8 @@ impl Bench {
     }
 
     async fn memory(&self) -> Result<Vec<Option<Figure>>> {
-        let load = Load { preload: 100_000, size: 100, ..self.load(Workload::QueueMemory, 1, 1.0) };
+        let mut load = Load { size: 100, ..self.load(Workload::QueueMemory, 1, 1.0) };
+        load.own.preload = 100_000;
         let line = run_program(&std::env::current_exe()?, &load.args()).await?;
         let origin = format!("{:.0} bytes an item", line.extra("above_idle_mib") * 1024.0 * 1024.0 / 1e5);
         Ok(vec![Some(Figure { value: line.extra("above_idle_mib"), origin })])
@@ -112,26 +123,15 @@ impl Bench {
 
     /// A load of `seconds` in each round.
     fn load(&self, workload: Workload, n: usize, seconds: f64) -> Load {
-        let share = if self.quick { 0.4 } else { 1.0 };
-        Load {
-            workload,
-            endpoint: self.endpoint.clone(),
-            metrics: Some(self.metrics.clone()),
-            dur: Duration::from_secs_f64(seconds * share),
-            warm: Duration::from_secs(1),
-            n,
-            mode: String::new(),
-            preload: 20_000,
-            items: None,
-            producers: 1,
-            rate: 200.0,
-            ttl: 60,
-            size: 16,
-        }
+        let share = if self.options.quick { 0.4 } else { 1.0 };
+        let dur = Duration::from_secs_f64(seconds * share);
+        let flags = Flags { preload: 20_000, items: None, producers: 1, rate: 200.0 };
+        // A TTL so long that hardly a keepalive comes between.
+        Load { ttl: 60, ..Load::new(&self.options, workload, n, dur, flags) }
     }
 
     fn count(&self) -> usize {
-        if self.quick { 1 } else { 3 }
+        if self.options.quick { 1 } else { 3 }
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) async fn consumer(load: &Load) -> Result<Line> {
     let secs = start.elapsed().as_secs_f64();
     tokio::time::sleep(SETTLE).await;
     let (after, peak) = (own_memory("VmRSS")?, own_memory("VmHWM")?);
-    let ops = load.preload as u64;
+    let ops = load.own.preload as u64;
     let measured = Measured { secs, ops, peak_rss_kib: peak, ..Measured::default() };
     let run = load.run();
     let mut line = Line::new(PEER, run.workload, run.params, measured);

@@ -25,7 +25,7 @@ pub(crate) async fn close(sessions: &[Session]) -> Result<()> {
 /// Puts so many items.
 pub(crate) async fn preload(session: &Session, name: &str, load: &Load) -> Result<()> {
     let (queue, value) = (Queue::new(session, name)?, "x".repeat(load.size));
-    let mut left = load.preload;
+    let mut left = load.own.preload;
     while left > 0 {
         let batch = left.min(BATCH);
         queue.enqueue_all(vec![value.as_str(); batch]).await?;
@@ -66,7 +66,7 @@ pub(crate) async fn drain(load: &Load) -> Result<Line> {
     for queue in &queues {
         queue.peek().await?.context("the queue is empty")?;
     }
-    let goal = load.items.unwrap_or(load.preload);
+    let goal = load.own.items.unwrap_or(load.own.preload);
     let (taken, claims) = (Arc::new(AtomicUsize::new(0)), load.mode == "claim");
     let before = counters::read(load.metrics_url()).await?;
     let (cpu, start) = (counters::own_cpu()?, Instant::now());
@@ -134,7 +134,7 @@ pub(crate) async fn mixed(load: &Load) -> Result<Line> {
         });
     }
     let queue = Queue::new(&producer, &name)?;
-    let pause = Duration::from_secs_f64(1.0 / load.rate);
+    let pause = Duration::from_secs_f64(1.0 / load.own.rate);
     let feed = tokio::spawn(async move {
         let mut ticks = tokio::time::interval(pause);
         loop {
@@ -176,7 +176,7 @@ pub(crate) async fn put(load: &Load) -> Result<Line> {
 pub(crate) async fn watch(load: &Load) -> Result<Line> {
     let (client, writer, key) = (load.connect().await?, load.connect().await?, fresh("watch"));
     let mut crew = Crew::default();
-    let pause = Duration::from_secs_f64(1.0 / load.rate);
+    let pause = Duration::from_secs_f64(1.0 / load.own.rate);
     crew.spawn(async move |mut recorder| {
         let mut events = client.watch_client().watch(key.as_str(), None).await?;
         events.message().await?.context("the watch is not created")?;
