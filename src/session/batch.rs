@@ -171,7 +171,7 @@ async fn put(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>) ->
                 }
             }
             Err(failure) => {
-                unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                unanswered |= failure.is_unanswered();
                 backoff.wait(&core.runtime).await;
             }
         }
@@ -256,7 +256,7 @@ async fn delete(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>)
             }
             Err(Failure::Refused(error)) => return Err(error),
             Err(failure) => {
-                unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                unanswered |= failure.is_unanswered();
                 backoff.wait(&core.runtime).await;
             }
         }

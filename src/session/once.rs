@@ -173,7 +173,7 @@ where
                     Fenced::Ended => break Err(self.ended(true)),
                 },
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                    unanswered |= failure.is_unanswered();
                     tokio::select! {
                         biased;
                         () = answer.closed() => {}

@@ -177,7 +177,7 @@ impl Owned {
                     backoff.wait(&self.core.runtime).await;
                 }
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                    unanswered |= failure.is_unanswered();
                     backoff.wait(&self.core.runtime).await;
                 }
             }

@@ -78,7 +78,7 @@ impl Core {
                 Ok(response) => return Ok(Removed::Not { reads: response.0.responses, unanswered }),
                 Err(Failure::Refused(error)) => return Err(if unanswered { ended(true) } else { error }),
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                    unanswered |= failure.is_unanswered();
                     backoff.wait(&self.runtime).await;
                 }
             }

@@ -45,6 +45,11 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Whether the attempt may have been applied, or may be yet. What is sent again after such a one has to find out.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        matches!(self, Failure::Unknown(_))
+    }
+
     /// The error of a write of `key` that is not sent again.
     pub(crate) fn for_good(self, key: &[u8]) -> Error {
         let key = name::display(key);

@@ -110,7 +110,7 @@ impl Task {
                 }
                 Err(Failure::Refused(error)) => break Err(error),
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                    unanswered |= failure.is_unanswered();
                     tokio::select! {
                         biased;
                         () = answer.closed() => return self.give_up(slot).await,

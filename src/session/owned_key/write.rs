@@ -67,7 +67,7 @@ impl Owned {
                     return Err(if unanswered { self.unresolved(true) } else { error });
                 }
                 Err(failure) => {
-                    unanswered |= !matches!(failure, Failure::Again(_) | Failure::Login(_));
+                    unanswered |= failure.is_unanswered();
                     backoff.wait(&self.core.runtime).await;
                 }
             }
