@@ -11,6 +11,8 @@
 mod http;
 #[path = "../common/reach.rs"]
 mod reach;
+#[path = "../common/stop.rs"]
+mod stop;
 
 use std::fs::Permissions;
 use std::io::Write as _;
@@ -24,8 +26,6 @@ use clap::Parser;
 use etcd_recipes::{ConfigCache, ConfigSnapshot, Session};
 use futures::{FutureExt as _, StreamExt as _};
 use tokio::process::Command;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
 /// How long it tries to reach etcd at the start.
 const CONNECTING: Duration = Duration::from_secs(30);
@@ -86,14 +86,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: Args) -> Result<()> {
-    let stop = CancellationToken::new();
-    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
-        let (mut signals, stop) = (signal(kind)?, stop.clone());
-        tokio::spawn(async move {
-            signals.recv().await;
-            stop.cancel();
-        });
-    }
+    let stop = stop::on_signal()?;
     let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
     let connect = Session::builder(endpoints).connect_timeout(CONNECTING).connect();
     let Some(session) = stop.run_until_cancelled(connect).await else { return Ok(()) };

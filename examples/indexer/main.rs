@@ -11,6 +11,8 @@
 mod index;
 #[path = "../common/reach.rs"]
 mod reach;
+#[path = "../common/stop.rs"]
+mod stop;
 
 use std::convert::Infallible;
 use std::io::Write as _;
@@ -21,7 +23,6 @@ use anyhow::{Context as _, Result, anyhow};
 use clap::Parser;
 use etcd_recipes::{Election, Error, Leadership, Session};
 use futures::StreamExt as _;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use self::index::{Index, Step};
@@ -94,14 +95,7 @@ async fn main() -> ExitCode {
 
 /// Connects, takes part in the election until a signal comes, and leaves nothing behind.
 async fn run(args: Args) -> Result<()> {
-    let stop = CancellationToken::new();
-    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
-        let (mut signals, stop) = (signal(kind)?, stop.clone());
-        tokio::spawn(async move {
-            signals.recv().await;
-            stop.cancel();
-        });
-    }
+    let stop = stop::on_signal()?;
     let ttl = Duration::from_secs(args.ttl);
     let (endpoints, _server) = reach::etcd(&args.endpoints).await?;
     let builder = Session::builder(endpoints).ttl(ttl).connect_timeout(CONNECTING);
