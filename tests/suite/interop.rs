@@ -1,15 +1,17 @@
-//! `etcdctl lock` and `etcdctl elect` stand in one line with this crate.
+//! `etcdctl lock`, `etcdctl elect` and the lock and election services of etcd stand in one line with this crate.
 
 use std::time::Duration;
 
+use etcd_client::{LockOptions, ResignOptions};
 use etcd_recipes::{Election, Mutex};
 use futures::StreamExt as _;
 
 use crate::support::check::{Scope, eventually, scoped};
-use crate::support::etcd;
 use crate::support::foreign::Foreign;
+use crate::support::needs::{Needs, lacking};
 use crate::support::server::PATIENCE;
 use crate::support::sessions::{session, waits};
+use crate::support::{background, etcd};
 
 const SHORT: Duration = Duration::from_millis(200);
 
@@ -200,6 +202,57 @@ async fn a_lock_and_its_neighbours_with_similar_names_do_not_see_each_other() {
         foreign.token().await;
         foreign.leave().await;
         ours.unlock().await.unwrap();
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// The lock and election services of etcd itself, which clients in several languages call.
+#[tokio::test]
+async fn services_of_etcd_wait_for_us_and_we_wait_for_them() {
+    if lacking(Needs::Locks) {
+        return;
+    }
+    scoped(async |scope| {
+        let (session, mut client) = (session(scope).await, scope.client());
+        let lease = client.lease_grant(60, None).await.unwrap().id();
+        scope.owns_lease(lease);
+
+        let mutex = Mutex::new(&session, scope.name()).unwrap();
+        let ours = mutex.lock().await.unwrap();
+        let (mut caller, name) = (scope.client(), scope.name().to_owned());
+        let options = LockOptions::new().with_lease(lease);
+        let theirs = background().spawn(async move { caller.lock(name, Some(options)).await });
+        in_line(scope, 2).await;
+        assert!(!theirs.is_finished());
+        let token = ours.token();
+        ours.unlock().await.unwrap();
+        let theirs = theirs.await.unwrap().unwrap();
+        assert!(theirs.header().unwrap().revision() > token);
+        let mut waiting = Box::pin(mutex.lock());
+        enters(scope, 2, &mut waiting).await;
+        client.unlock(theirs.key()).await.unwrap();
+        let ours = waiting.await.unwrap();
+        assert!(ours.token() > theirs.header().unwrap().revision());
+        ours.unlock().await.unwrap();
+        drop(mutex);
+
+        let election = Election::new(&session, scope.name()).unwrap();
+        let ours = election.campaign("ours").await.unwrap();
+        let (mut caller, name) = (scope.client(), scope.name().to_owned());
+        let theirs = background().spawn(async move { caller.campaign(name, "theirs", lease).await });
+        in_line(scope, 2).await;
+        assert_eq!(client.leader(scope.name()).await.unwrap().kv().unwrap().value(), b"ours");
+        ours.resign().await.unwrap();
+        let theirs = theirs.await.unwrap().unwrap();
+        assert_eq!(election.leader().await.unwrap().unwrap().value, b"theirs");
+        let mut waiting = Box::pin(election.campaign("again"));
+        enters(scope, 2, &mut waiting).await;
+        let leader = theirs.leader().unwrap().clone();
+        client.resign(Some(ResignOptions::new().with_leader(leader))).await.unwrap();
+        waiting.await.unwrap().resign().await.unwrap();
+
+        client.lease_revoke(lease).await.unwrap();
         session.close().await.unwrap();
     })
     .await;

@@ -19,6 +19,8 @@ pub(crate) enum Needs {
     Users,
     /// Limits and other settings that etcd takes as arguments.
     Settings,
+    /// The services for locks and elections.
+    Locks,
 }
 
 /// Whether the server under test lacks something. If so this test is set aside, which is printed also when it succeeds,
