@@ -26,6 +26,7 @@ mod members;
 mod mutex;
 mod mutex_line;
 mod mutex_order;
+mod neighbours;
 mod queue;
 mod quorum;
 mod restart;

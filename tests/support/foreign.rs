@@ -1,7 +1,7 @@
-//! `etcdctl lock` and `etcdctl elect`: contenders of another program, in processes of their own.
+//! Programs of others, in processes of their own: `etcdctl lock` and `etcdctl elect` as contenders, and any other.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::Stdio;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -38,10 +38,18 @@ impl Foreign {
         Self::start(server, &["elect", "-l", name], None)
     }
 
+    /// Runs some other program.
+    pub(crate) fn program(command: Command) -> Self {
+        Self::spawn(command, Stdio::piped(), None)
+    }
+
     fn start(server: &Server, args: &[&str], gate: Option<TempDir>) -> Self {
-        let mut command = server.etcdctl(args);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut process = Process::spawn(command, None).expect("cannot run etcdctl");
+        Self::spawn(server.etcdctl(args), Stdio::null(), gate)
+    }
+
+    fn spawn(mut command: Command, stdin: Stdio, gate: Option<TempDir>) -> Self {
+        command.stdin(stdin).stdout(Stdio::piped());
+        let mut process = Process::spawn(command, None).expect("cannot run the program");
         let stdout = process.child().stdout.take().expect("stdout was asked for");
         let (sender, lines) = mpsc::unbounded_channel();
         std::thread::spawn(move || {
@@ -52,10 +60,16 @@ impl Foreign {
         Self { process, lines, gate }
     }
 
+    /// Writes a line to its standard input.
+    pub(crate) fn say(&mut self, line: &str) {
+        let stdin = self.process.child().stdin.as_mut().expect("it has no input");
+        writeln!(stdin, "{line}").expect("it does not listen");
+    }
+
     /// The next line it says.
     pub(crate) async fn line(&mut self) -> String {
-        let line = tokio::time::timeout(PATIENCE, self.lines.recv()).await.expect("etcdctl says nothing");
-        line.expect("etcdctl ended")
+        let line = tokio::time::timeout(PATIENCE, self.lines.recv()).await.expect("it says nothing");
+        line.expect("it ended")
     }
 
     /// Waits until a lock is held; its fencing token.
