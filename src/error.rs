@@ -22,7 +22,7 @@ pub enum Error {
         reason: &'static str,
     },
 
-    /// An option of the session is out of its range; nothing was sent. Change it.
+    /// An option of a session or of a recipe is out of its range; nothing was sent. Change it.
     #[error("the option `{option}` cannot be used: {reason}")]
     InvalidOption {
         /// The builder's method that sets it.
@@ -31,8 +31,8 @@ pub enum Error {
         reason: String,
     },
 
-    /// A request is over a limit of etcd; it was not sent. Make it smaller.
-    #[error("{what} is {size}, over etcd's limit of {limit}")]
+    /// A request is over a limit of etcd, or of a queue with a bound; it was not sent. Make it smaller.
+    #[error("{what} is {size}, over the limit of {limit}")]
     TooLarge {
         /// What is too large, and in which unit.
         what: &'static str,

@@ -8,8 +8,8 @@
 //! |---|---|---|
 //! | one process at a time in a critical section | [`Mutex`] | [`MutexGuard`] |
 //! | one process that leads until it stops or dies, and everybody to know who it is | [`Election`] | [`Leadership`] |
-//! | work that is done once by one of many processes, in order | [`Queue`] | [`Claim`], or [`Item`] |
 //! | to know who leads, without running | [`Election::observe`] | a stream of [`Observation`]s |
+//! | work that is done once by one of many processes, in order | [`Queue`] | [`Claim`], or [`Item`] |
 //! | clients to find your server, as long as it runs | [`Services::register`](service::Services::register) | a [`Registration`](service::Registration) |
 //! | to call whoever serves, and not whoever has died | [`Services::discover`](service::Services::discover) | a [`Discovery`](service::Discovery), and for gRPC a channel |
 //! | configuration that is read all the time, and to hear of its changes | [`ConfigCache`] | [`ConfigEntry`], handlers, streams |
@@ -53,8 +53,8 @@
 //! - **Order.** Contenders are served in the order etcd received them.
 //! - **Fencing.** Each hold has a token larger than all before it, and transactions can be tied to it.
 //! - **Loss is known first here.** [`MutexGuard::is_held`] turns false before a lease that runs out gives the lock to
-//!   somebody else, also after the process was stopped, the runtime was blocked or the network went silent. What a lock can *not* promise
-//!   is told in [`mutex`].
+//!   somebody else, also after the process was stopped, the runtime was blocked or the network went silent. What a lock
+//!   can *not* promise is told in [`mutex`].
 //! - **Nothing is done twice, nothing reappears.** A request whose answer was lost is sent again so that only one copy
 //!   can take effect, and a copy that arrives late takes none.
 //! - **Registrations heal, and give way.** One comes back by itself when its lease or key is lost, and never takes the

@@ -4,9 +4,10 @@
 //! session has two hubs: one for lines and owned keys, which tells deletions only, and one for views; so a busy view
 //! cannot slow a hand-off.
 //!
-//! The stream is always read; subscribers have queues of their own, and one that lets it overflow finds a gap. A broken stream is opened again and every watch
-//! goes on after the last revision that was complete. When that is not possible (compacted, or the store is older than
-//! before: a restored backup) the watch ends with [`Message::Gap`], and its owner reads again.
+//! The stream is always read; subscribers have queues of their own, and one that lets it overflow finds a gap. A broken
+//! stream is opened again and every watch goes on after the last revision that was complete. When that is not possible
+//! (compacted, or the store is older than before: a restored backup) the watch ends with [`Message::Gap`], and its owner
+//! reads again.
 
 mod event;
 mod stream;
