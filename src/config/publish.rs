@@ -78,7 +78,8 @@ impl ConfigCache {
         self.write(key.as_ref(), Some((CompareOp::NotEqual, 0)), None).await
     }
 
-    /// Deletes a key only if its [`revision`](super::ConfigEntry::revision) is still `expected`. `None` if it is not.
+    /// Deletes a key only if its [`revision`](super::ConfigEntry::revision) is still `expected`. `None` if it is not, and
+    /// always for 0: what does not exist is not deleted.
     ///
     /// # Errors
     ///
@@ -88,6 +89,9 @@ impl ConfigCache {
     ///
     /// As [`publish`](ConfigCache::publish).
     pub async fn delete_if(&self, key: impl AsRef<[u8]>, expected: i64) -> Result<Option<i64>> {
+        if expected == 0 {
+            return Ok(None);
+        }
         self.write(key.as_ref(), Some((CompareOp::Equal, expected)), None).await
     }
 

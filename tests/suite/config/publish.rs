@@ -41,6 +41,7 @@ async fn conditions_are_kept() {
         assert_eq!(at_etcd(scope).await[&b"a"[..]], (b"foreign".to_vec(), foreign));
         let third = config.publish_if("a", foreign, "3").await.unwrap().unwrap();
         assert!(config.delete_if("a", third).await.unwrap().unwrap() > third);
+        assert_eq!(config.delete_if("a", 0).await.unwrap(), None, "there is nothing to delete");
         assert!(at_etcd(scope).await.is_empty());
         session.close().await.unwrap();
     })
