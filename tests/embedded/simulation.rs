@@ -2,6 +2,8 @@
 //! run and after. `SEED=… TRACE=1 cargo test --test embedded simulation::random -- --nocapture` runs one again, exactly, and
 //! prints what happens; `SEEDS=…` sets how many are run, `REPLAYS=…` how many are run twice and compared.
 
+mod configs;
+mod discoveries;
 mod faults;
 mod locks;
 mod queues;
@@ -9,6 +11,7 @@ mod services;
 mod trace;
 mod world;
 
+use configs::Configs;
 use locks::Locks;
 use queues::Queues;
 use services::Registered;
@@ -23,14 +26,27 @@ fn run(seed: u64) -> Vec<Line> {
         let trace = Trace::begin();
         let mut world = World::new(seed, &trace).await;
         let World { server, processes, revokes, random, .. } = &mut world;
-        let locks = Locks::begin(processes, *revokes, random);
-        let queues = Queues::begin(processes, random);
-        let registered = Registered::begin(server, processes, random);
+        // Not everything at once, so that what one does is not always lost among the others.
+        let mut some = || random.bool();
+        let (locks, queues, registered, configs) = (some(), some(), some(), some());
+        let locks = locks.then(|| Locks::begin(processes, *revokes, random));
+        let queues = queues.then(|| Queues::begin(processes, random));
+        let registered = registered.then(|| Registered::begin(server, processes, random));
+        let configs = configs.then(|| Configs::begin(processes, random));
         tokio::time::sleep(world::STORM).await;
         world.calm().await;
-        locks.end(&world.processes).await;
-        queues.end(&world.processes[0]).await;
-        registered.end(&world.server).await;
+        if let Some(locks) = locks {
+            locks.end(&world.processes).await;
+        }
+        if let Some(queues) = queues {
+            queues.end(&world.processes).await;
+        }
+        if let Some(registered) = registered {
+            registered.end(&world).await;
+        }
+        if let Some(configs) = configs {
+            configs.end(&world).await;
+        }
         world.end().await;
         trace.lines()
     })

@@ -14,6 +14,13 @@ use super::world::Process;
 /// Methods that meet faults.
 const METHODS: [&str; 7] = ["Txn", "Txn", "Txn", "Range", "LeaseGrant", "LeaseRevoke", "Watch"];
 
+/// Which faults there are besides those of the network.
+#[derive(Clone, Copy)]
+pub(super) struct Kinds {
+    pub(super) revokes: bool,
+    pub(super) compacts: bool,
+}
+
 pub(super) struct Faults {
     task: Option<JoinHandle<()>>,
     stop: CancellationToken,
@@ -26,13 +33,13 @@ impl Faults {
     pub(super) fn begin(
         server: &Arc<Server>,
         processes: &[Process],
-        revokes: bool,
+        kinds: Kinds,
         random: Rng,
         trace: Trace,
     ) -> Self {
         let links: Vec<Link> = processes.iter().map(|process| process.link.clone()).collect();
         let (stop, held) = (CancellationToken::new(), Arc::new(Mutex::new(Vec::new())));
-        let storm = storm(server.clone(), links.clone(), held.clone(), revokes, random, trace);
+        let storm = storm(server.clone(), links.clone(), held.clone(), kinds, random, trace);
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
             stopped.run_until_cancelled(storm).await;
@@ -65,7 +72,7 @@ async fn storm(
     server: Arc<Server>,
     links: Vec<Link>,
     held: Arc<Mutex<Vec<Injection>>>,
-    revokes: bool,
+    kinds: Kinds,
     mut random: Rng,
     trace: Trace,
 ) {
@@ -88,13 +95,13 @@ async fn storm(
             }
             14 | 15 => link.cut(),
             16 => link.stall(),
-            17 if revokes => {
+            17 if kinds.revokes => {
                 let leases = server.leases();
                 if !leases.is_empty() {
                     server.expire(leases[random.usize(..leases.len())]);
                 }
             }
-            18 => {
+            18 if kinds.compacts => {
                 let _ = server.compact(random.i64(1..=server.revision()));
             }
             _ => {}

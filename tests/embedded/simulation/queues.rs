@@ -1,10 +1,10 @@
-//! A queue: what was enqueued is acked, nothing twice, and nothing that nobody enqueued.
+//! Queues: what was enqueued is acked, or given to one, nothing twice, and nothing that nobody enqueued.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex as Shared};
 use std::time::Duration;
 
-use etcd_recipes::{Error, Queue, Session};
+use etcd_recipes::{Error, Queue, SessionState};
 use fastrand::Rng;
 use tokio::task::JoinSet;
 
@@ -22,10 +22,17 @@ struct Book {
 }
 
 impl Book {
+    /// What was enqueued, and is not there any more.
+    fn lost(&self) -> Vec<u64> {
+        let done: BTreeSet<u64> = self.acked.union(&self.perhaps).copied().collect();
+        assert!(done.iter().all(|number| *number < self.next));
+        self.enqueued.difference(&done).copied().collect()
+    }
+
     fn ack(&mut self, number: u64, result: Option<Result<(), Error>>) {
         match result {
             Some(Ok(())) => {
-                assert!(!self.acked.contains(&number), "{number} is acked twice");
+                assert!(!self.acked.contains(&number), "{number} is acked or given twice");
                 self.acked.insert(number);
             }
             // Its consumer lost it before the ack was sent: it is delivered again.
@@ -37,53 +44,70 @@ impl Book {
     }
 }
 
-/// Producers and consumers at work.
+/// Producers and consumers at work: on a queue whose items are claimed, and on one whose items are taken out at once.
 pub(super) struct Queues {
-    book: Arc<Shared<Book>>,
+    claimed: Arc<Shared<Book>>,
+    taken: Arc<Shared<Book>>,
     tasks: JoinSet<()>,
 }
 
 impl Queues {
     pub(super) fn begin(processes: &[Process], random: &mut Rng) -> Self {
-        let (book, mut tasks) = (Arc::new(Shared::new(Book::default())), JoinSet::new());
+        let book = || Arc::new(Shared::new(Book::default()));
+        let (claimed, taken, mut tasks) = (book(), book(), JoinSet::new());
         for process in processes {
-            tasks.spawn(produce(process.session.clone(), book.clone(), random.fork()));
-            tasks.spawn(consume(process.session.clone(), book.clone(), random.fork()));
+            let queue = |name| Queue::new(&process.session, name).unwrap();
+            tasks.spawn(produce(queue("claimed"), claimed.clone(), random.fork()));
+            tasks.spawn(consume(queue("claimed"), claimed.clone(), random.fork()));
+            tasks.spawn(produce(queue("taken"), taken.clone(), random.fork()));
+            tasks.spawn(take(queue("taken"), taken.clone(), random.fork()));
         }
-        Self { book, tasks }
+        Self { claimed, taken, tasks }
     }
 
     /// Waits for them, and takes out what is left.
-    pub(super) async fn end(mut self, process: &Process) {
+    pub(super) async fn end(mut self, processes: &[Process]) {
         let all = async {
             while let Some(done) = self.tasks.join_next().await {
                 done.unwrap();
             }
         };
         tokio::time::timeout(CALM, all).await.expect("a producer or a consumer is stuck");
-        let queue = Queue::new(&process.session, "queue").unwrap();
-        let quiet = Duration::from_secs(30);
-        while let Ok(claim) = tokio::time::timeout(quiet, queue.claim()).await {
-            let claim = claim.unwrap();
-            let number = number(claim.value());
-            let acked = tokio::time::timeout(CALM, claim.ack()).await.expect("an ack is stuck");
-            self.book.lock().unwrap().ack(number, Some(acked));
-        }
-        assert_eq!(queue.length().await.unwrap(), 0);
-        let book = self.book.lock().unwrap();
-        let done: BTreeSet<u64> = book.acked.union(&book.perhaps).copied().collect();
-        let lost: Vec<_> = book.enqueued.difference(&done).collect();
+        let queue = |name| Queue::new(&processes[0].session, name).unwrap();
+        tokio::join!(claim_rest(queue("claimed"), &self.claimed), take_rest(queue("taken"), &self.taken));
+        let lost = self.claimed.lock().unwrap().lost();
         assert!(lost.is_empty(), "lost: {lost:?}");
-        assert!(done.iter().all(|number| *number < book.next));
+        // What is taken out is lost with the lease of who took it before it knew.
+        let first = |process: &Process| process.session.state() == SessionState::Connected { generation: 1 };
+        let lost = self.taken.lock().unwrap().lost();
+        assert!(lost.is_empty() || !processes.iter().all(first), "lost: {lost:?}");
     }
+}
+
+const QUIET: Duration = Duration::from_secs(30);
+
+async fn claim_rest(queue: Queue, book: &Shared<Book>) {
+    while let Ok(claim) = tokio::time::timeout(QUIET, queue.claim()).await {
+        let claim = claim.unwrap();
+        let number = number(claim.value());
+        let acked = tokio::time::timeout(CALM, claim.ack()).await.expect("an ack is stuck");
+        book.lock().unwrap().ack(number, Some(acked));
+    }
+    assert_eq!(queue.length().await.unwrap(), 0);
+}
+
+async fn take_rest(queue: Queue, book: &Shared<Book>) {
+    while let Ok(item) = tokio::time::timeout(QUIET, queue.dequeue()).await {
+        book.lock().unwrap().ack(number(&item.unwrap().value), Some(Ok(())));
+    }
+    assert_eq!(queue.length().await.unwrap(), 0);
 }
 
 fn number(value: &[u8]) -> u64 {
     std::str::from_utf8(value).unwrap().parse().unwrap()
 }
 
-async fn produce(session: Session, book: Arc<Shared<Book>>, mut random: Rng) {
-    let queue = Queue::new(&session, "queue").unwrap();
+async fn produce(queue: Queue, book: Arc<Shared<Book>>, mut random: Rng) {
     for _ in 0..random.usize(1..8) {
         tokio::time::sleep(Duration::from_millis(random.u64(..4_000))).await;
         let count = if random.bool() { 1 } else { random.u64(2..5) };
@@ -104,8 +128,22 @@ async fn produce(session: Session, book: Arc<Shared<Book>>, mut random: Rng) {
     }
 }
 
-async fn consume(session: Session, book: Arc<Shared<Book>>, mut random: Rng) {
-    let queue = Queue::new(&session, "queue").unwrap();
+/// Takes items out; gives some attempts up.
+async fn take(queue: Queue, book: Arc<Shared<Book>>, mut random: Rng) {
+    for _ in 0..random.usize(1..12) {
+        tokio::time::sleep(Duration::from_millis(random.u64(..1_500))).await;
+        let patience = Duration::from_millis(random.u64(1..6_000));
+        let taken = match random.u8(..3) {
+            0 => tokio::time::timeout(patience, queue.try_dequeue()).await,
+            _ => tokio::time::timeout(patience, async { queue.dequeue().await.map(Some) }).await,
+        };
+        if let Ok(Ok(Some(item))) = taken {
+            book.lock().unwrap().ack(number(&item.value), Some(Ok(())));
+        }
+    }
+}
+
+async fn consume(queue: Queue, book: Arc<Shared<Book>>, mut random: Rng) {
     for _ in 0..random.usize(1..12) {
         let patience = Duration::from_millis(random.u64(1..6_000));
         let Ok(Ok(claim)) = tokio::time::timeout(patience, queue.claim()).await else { continue };
@@ -114,8 +152,8 @@ async fn consume(session: Session, book: Arc<Shared<Book>>, mut random: Rng) {
         match random.u8(..6) {
             0 => drop(claim),
             1 => {
-                // Delays go by the clock on the wall, which is no part of a replay.
-                let _ = claim.release(Duration::ZERO).await;
+                let delay = Duration::from_millis(if random.bool() { 0 } else { random.u64(..5_000) });
+                let _ = claim.release(delay).await;
             }
             _ => {
                 let patience = Duration::from_millis(random.u64(1..20_000));

@@ -9,11 +9,13 @@ use etcd_recipes::service::{Instance, Registration, RegistrationState, Services}
 use fastrand::Rng;
 use tokio::task::JoinSet;
 
-use super::world::{CALM, Process};
+use super::discoveries::Discoveries;
+use super::world::{CALM, Process, World};
 
 /// Instances that are registered.
 pub(super) struct Registered {
     tasks: JoinSet<(Registration, Vec<u32>)>,
+    discoveries: Discoveries,
 }
 
 impl Registered {
@@ -22,13 +24,24 @@ impl Registered {
         for (number, process) in processes.iter().enumerate() {
             tasks.spawn(register(number, process.session.clone(), server.clone(), random.fork()));
         }
-        Self { tasks }
+        Self { tasks, discoveries: Discoveries::begin(processes) }
     }
 
-    pub(super) async fn end(mut self, server: &Server) {
+    /// Once there are no faults any more.
+    pub(super) async fn end(mut self, world: &World) {
+        let server = &world.server;
+        let mut registered = Vec::new();
         while let Some(done) = tokio::time::timeout(CALM, self.tasks.join_next()).await.expect("one is stuck")
         {
-            let (registration, weights) = done.unwrap();
+            registered.push(done.unwrap());
+        }
+        // It heals within two seconds of etcd answering.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let discoveries = self.discoveries.opened().await;
+        for discovery in &discoveries {
+            discovery.caught_up(world).await;
+        }
+        for (registration, weights) in registered {
             assert_eq!(registration.state(), RegistrationState::Registered);
             let key = server.keys(registration.key()).into_iter().next().expect("it is not there");
             assert_ne!(key.lease, 0, "it would stay for ever");
@@ -37,7 +50,10 @@ impl Registered {
             assert!(weights.contains(&weight), "{weight} is none of {weights:?}");
             registration.deregister().await.unwrap();
         }
-        assert!(server.keys("/services/").is_empty());
+        assert!(server.keys("services/").is_empty());
+        for discovery in &discoveries {
+            discovery.caught_up(world).await;
+        }
     }
 }
 
@@ -66,7 +82,5 @@ async fn register(
             _ => weights.push(weight),
         }
     }
-    // It heals within two seconds of etcd answering, which it does once there are no faults any more.
-    tokio::time::sleep(super::world::STORM + Duration::from_secs(10)).await;
     (registration, weights)
 }

@@ -1,6 +1,6 @@
 //! The server, the processes on it, and what is recorded of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use etcd_client::{EventType, GetOptions, WatchOptions};
@@ -9,7 +9,7 @@ use etcd_recipes::embedded::{Link, Server};
 use fastrand::Rng;
 use tokio::task::JoinHandle;
 
-use super::faults::Faults;
+use super::faults::{Faults, Kinds};
 use super::trace::Trace;
 
 /// The TTL of all sessions.
@@ -19,12 +19,18 @@ pub(super) const STORM: Duration = Duration::from_secs(40);
 /// How long anything may take once they are over: leases that nobody renews must end, and what waited must go on.
 pub(super) const CALM: Duration = Duration::from_secs(120);
 
+/// What was written: at which revision, the key, and its value unless it was deleted.
+pub(super) type History = Vec<(i64, Vec<u8>, Option<Vec<u8>>)>;
+
 pub(super) struct World {
     pub(super) server: Arc<Server>,
     pub(super) random: Rng,
     pub(super) processes: Vec<Process>,
     /// Whether somebody revokes leases of others, who can only hear of it afterwards.
     pub(super) revokes: bool,
+    /// Whether history is compacted now and then, so that watchers may miss some.
+    pub(super) compacts: bool,
+    pub(super) history: Arc<Mutex<History>>,
     faults: Faults,
     observer: JoinHandle<()>,
 }
@@ -40,7 +46,8 @@ impl World {
     pub(super) async fn new(seed: u64, trace: &Trace) -> Self {
         let mut random = Rng::with_seed(seed);
         let server = Arc::new(Server::start());
-        let observer = observe(&server, trace.clone()).await;
+        let history = Arc::new(Mutex::new(Vec::new()));
+        let observer = observe(&server, history.clone(), trace.clone()).await;
         let mut processes = Vec::new();
         for number in 0..random.usize(2..5) {
             let link = server.link();
@@ -50,8 +57,10 @@ impl World {
             processes.push(Process { session: session.connect().await.unwrap(), link });
         }
         let revokes = random.u8(..4) == 0;
-        let faults = Faults::begin(&server, &processes, revokes, random.fork(), trace.clone());
-        Self { server, random, processes, revokes, faults, observer }
+        let compacts = random.bool();
+        let kinds = Kinds { revokes, compacts };
+        let faults = Faults::begin(&server, &processes, kinds, random.fork(), trace.clone());
+        Self { server, random, processes, revokes, compacts, history, faults, observer }
     }
 
     /// The end of the faults, from where everything must come right.
@@ -79,7 +88,7 @@ impl World {
 }
 
 /// Puts down every change.
-async fn observe(server: &Server, trace: Trace) -> JoinHandle<()> {
+async fn observe(server: &Server, history: Arc<Mutex<History>>, trace: Trace) -> JoinHandle<()> {
     let mut client = server.client().await.unwrap();
     // An empty key asks for all.
     let all = WatchOptions::new().with_from_key().with_start_revision(1);
@@ -89,9 +98,12 @@ async fn observe(server: &Server, trace: Trace) -> JoinHandle<()> {
         while let Ok(Some(message)) = watch.message().await {
             for event in message.events() {
                 let kv = event.kv().unwrap();
-                let what = if event.event_type() == EventType::Put { "put" } else { "delete" };
+                let put = event.event_type() == EventType::Put;
+                let what = if put { "put" } else { "delete" };
                 let (key, value) = (kv.key().escape_ascii(), kv.value().escape_ascii());
                 trace.note(format!("{} {what} {key}={value} {:x}", kv.mod_revision(), kv.lease()));
+                let change = (kv.mod_revision(), kv.key().to_vec(), put.then(|| kv.value().to_vec()));
+                history.lock().unwrap().push(change);
             }
         }
     })
