@@ -287,3 +287,35 @@ impl std::fmt::Debug for Followers {
         f.debug_struct("Followers").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::view::Entry;
+
+    /// The change still waits for the handlers when another begins, with the state that has it already.
+    #[test]
+    fn a_new_handler_is_not_told_twice() {
+        let entry =
+            Entry { key: b"key".to_vec(), value: Vec::new(), create_revision: 1, mod_revision: 1, lease: 0 };
+        let after = Some(ConfigEntry::new(Arc::new(entry), 0));
+        let change = ConfigChange { revision: 1, before: None, after, number: 0 };
+        let mut state = State::default();
+        state.apply(&change);
+        let (followers, state, calls) =
+            (Followers::default(), Arc::new(state), Arc::new(Mutex::new(Vec::new())));
+        let handler = |name: &'static str, state: Arc<State>| {
+            let calls = calls.clone();
+            let call = move |_: &ConfigChange| {
+                calls.lock().unwrap_or_else(PoisonError::into_inner).push(name);
+                Ok(())
+            };
+            followers.handler(Pattern::Prefix(Box::default()), move || state, Box::new(call)).0
+        };
+        let _first = handler("first", Arc::default());
+        followers.tell(vec![change.clone()], |_| state.clone());
+        let _second = handler("second", state.clone());
+        followers.call_all(&mut followers.take_new(), &[ConfigChange { number: 1, ..change }]);
+        assert_eq!(*calls.lock().unwrap_or_else(PoisonError::into_inner), ["second", "first"]);
+    }
+}

@@ -147,3 +147,36 @@ impl Generation {
         Time(self.deadline.load(Ordering::Acquire))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn generation(deadline: impl Fn(Time) -> Time) -> (Generation, Time) {
+        let runtime = Arc::new(Runtime::current());
+        let now = runtime.now();
+        (Generation::new(1, NonZeroI64::MAX, deadline(now), runtime), now)
+    }
+
+    #[tokio::test]
+    async fn who_sees_the_deadline_passed_says_so_for_all() {
+        let (generation, now) = generation(|now| now);
+        assert!(generation.ended().now_or_never().is_none());
+        assert!(!generation.is_alive());
+        assert!(generation.ended().now_or_never().is_some(), "nobody else hears of it");
+        assert!(!generation.extend(now.after(SECOND)) && !generation.is_alive());
+    }
+
+    #[tokio::test]
+    async fn a_renewal_that_was_sent_earlier_takes_nothing_away() {
+        let (generation, now) = generation(|now| now.after(SECOND));
+        assert!(generation.extend(now.after(SECOND * 20)) && generation.extend(now.after(SECOND * 10)));
+        assert_eq!(generation.deadline(), now.after(SECOND * 20));
+    }
+}

@@ -1,5 +1,7 @@
 //! Writes: once, whatever becomes of requests and answers.
 
+use std::time::Duration;
+
 use etcd_recipes::{ConfigCache, Session};
 
 use super::{at_etcd, put, wipe};
@@ -133,6 +135,27 @@ async fn a_publication_waits_for_etcd() {
         let revision = tokio::time::timeout(PATIENCE, publishing).await.expect("stuck").unwrap().unwrap();
         config.wait_for(revision).await.unwrap();
         assert_eq!(config.get("a").unwrap().revision(), revision);
+        wipe(scope).await;
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// A deletion leaves nothing that is newer; only the number of keys tells.
+#[tokio::test]
+async fn a_deletion_that_was_not_told_yet_is_waited_for() {
+    scoped(async |scope| {
+        let (faults, session, config) = behind_faults(scope).await;
+        put(scope, "b", "1").await;
+        let written = config.publish("a", "1").await.unwrap();
+        config.wait_for(written).await.unwrap();
+        faults.hold_answers("Watch", true);
+        let deleted = config.delete("a").await.unwrap().unwrap();
+        let waits = tokio::time::timeout(Duration::from_millis(500), config.wait_for(deleted)).await;
+        assert!(waits.is_err() && config.get("a").is_some());
+        faults.hold_answers("Watch", false);
+        config.wait_for(deleted).await.unwrap();
+        assert!(config.get("a").is_none());
         wipe(scope).await;
         session.close().await.unwrap();
     })

@@ -5,9 +5,9 @@ use etcd_recipes::service::Instance;
 use etcd_recipes::{ConfigCache, Error, Queue, Result};
 use tonic::Status;
 
-use super::{Rig, side_by_side};
+use super::{PATIENCE, Rig, side_by_side};
 use crate::service_registration::services;
-use crate::support::check::{Scope, scoped};
+use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::{Fault, Until};
 
 /// What becomes of the first request.
@@ -183,6 +183,58 @@ async fn a_registration_that_is_refused_does_not_concern_the_others() {
         assert!(matches!(bad, Err(Error::PermissionDenied { .. })), "{bad:?}");
         assert_eq!(refused.hits(), 2, "they were not sent together");
         drop((one, bad, other));
+        rig.close().await;
+    })
+    .await;
+}
+
+/// What was refused is not tried again when the registration has to come back.
+#[tokio::test]
+async fn after_a_refused_update_the_last_good_state_comes_back() {
+    scoped(async |scope| {
+        let rig = Rig::new(scope, "service").await;
+        let services = services(scope, &rig.session);
+        let registration =
+            services.register(Instance::new("courseware", "127.0.0.1:8400").id("a")).await.unwrap();
+        rig.faults.on("Txn").containing(VALUE).always().inject(Fault::FailWith(denied()));
+        let updated = registration.update(|instance| instance.version = VALUE.into()).await;
+        assert!(matches!(updated, Err(Error::PermissionDenied { .. })), "{updated:?}");
+        remove(scope, &scope.key("courseware/a")).await;
+        let back = async || scope.keys().await.contains(&scope.key("courseware/a"));
+        eventually(PATIENCE, "it is back", back).await;
+        assert_eq!(times(scope).await, 0);
+        registration.deregister().await.unwrap();
+        rig.close().await;
+    })
+    .await;
+}
+
+/// What was applied compares nothing that is left to look at, and it cannot be fenced: nobody guesses.
+#[tokio::test]
+async fn what_cannot_be_told_is_unknown() {
+    scoped(async |scope| {
+        let rig = Rig::new(scope, "name").await;
+        let refuse = || {
+            rig.faults.next("Txn", Fault::LoseAnswer);
+            rig.faults.on("Txn").always().inject(Fault::FailWith(denied()));
+        };
+        let unknown =
+            |result: Result<()>| assert!(matches!(result, Err(Error::OutcomeUnknown { .. })), "{result:?}");
+        let leadership = rig.election().campaign("one").await.unwrap();
+        refuse();
+        unknown(leadership.proclaim(VALUE).await);
+        rig.faults.clear();
+        assert_eq!(times(scope).await, 1);
+        leadership.resign().await.unwrap();
+
+        let queue = Queue::new(&rig.session, scope.key("queue")).unwrap();
+        queue.enqueue("item").await.unwrap();
+        let claim = queue.claim().await.unwrap();
+        refuse();
+        unknown(claim.ack().await);
+        rig.faults.clear();
+        assert_eq!(queue.length().await.unwrap(), 0);
+        drop(queue);
         rig.close().await;
     })
     .await;

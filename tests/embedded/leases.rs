@@ -1,0 +1,49 @@
+//! What a session makes of its lease, and of what is left on it.
+
+use std::time::Duration;
+
+use etcd_recipes::embedded::Server;
+use etcd_recipes::{Election, SessionState};
+use tokio::time::timeout;
+
+/// An idle session hears of it from the next renewal, not from its clock.
+#[tokio::test(start_paused = true)]
+async fn a_revoked_lease_is_noticed_by_the_next_renewal() {
+    const TTL: Duration = Duration::from_secs(60);
+    let server = Server::start();
+    let session = server.session(&server.link()).await.unwrap().ttl(TTL).connect().await.unwrap();
+    // The stream of the renewals is open by then.
+    tokio::time::sleep(TTL).await;
+    server.expire(session.lease_id().unwrap());
+    let mut state = session.watch_state();
+    let next = state.wait_for(|state| *state == SessionState::Connected { generation: 2 });
+    timeout(TTL / 2, next).await.expect("it believes on").unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leadership_is_taken_up_again_once() {
+    let server = Server::start();
+    let session = server.session(&server.link()).await.unwrap().connect().await.unwrap();
+    let election = Election::new(&session, "election").unwrap();
+    let detached = election.campaign("me").await.unwrap().detach();
+    let leadership = election.resume(&detached).await.unwrap().expect("it is over");
+    assert!(election.resume(&detached).await.unwrap().is_none(), "two guards of one leadership");
+    assert!(leadership.is_held());
+    assert_eq!(server.keys("election/").len(), 1);
+    leadership.resign().await.unwrap();
+    assert!(server.keys("election/").is_empty());
+}
+
+/// Somebody puts the very same value, without a lease: the key would stay for ever.
+#[tokio::test(start_paused = true)]
+async fn a_proclamation_brings_the_key_back_to_its_lease() {
+    let server = Server::start();
+    let session = server.session(&server.link()).await.unwrap().connect().await.unwrap();
+    let leadership = Election::new(&session, "election").unwrap().campaign("one").await.unwrap();
+    server.client().await.unwrap().put(leadership.key(), "two", None).await.unwrap();
+    leadership.proclaim("two").await.unwrap();
+    let key = server.keys("election/").remove(0);
+    assert_eq!((key.value, key.lease), (b"two".to_vec(), session.lease_id().unwrap()));
+    session.close().await.unwrap();
+    assert!(server.keys("election/").is_empty());
+}
