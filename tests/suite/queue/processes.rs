@@ -1,10 +1,12 @@
 //! Consumers that are processes, and are stopped and killed.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::{GetOptions, Txn, TxnOp};
 use etcd_recipes::{Queue, Session};
+use tokio::sync::Semaphore;
 
 use super::{claim, text};
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
@@ -22,6 +24,8 @@ const REDELIVERY: Duration = Duration::from_millis(3500);
 const LOAD: Duration = Duration::from_secs(4);
 const CONSUMERS: usize = 8;
 const PRODUCERS: usize = 8;
+/// Items put and not acked.
+const WAITING: usize = 5_000;
 /// Of a thousand answers, so many are lost.
 const LOST: u32 = 20;
 
@@ -209,13 +213,17 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let mut producers = tokio::task::JoinSet::new();
+        // Whoever takes the place of a dead consumer lists what is there; that is not to be all there is to see.
+        let waiting = Arc::new(Semaphore::new(WAITING));
         for producer in 0..PRODUCERS {
             let (endpoint, name) = (scope.endpoint().to_owned(), scope.name().to_owned());
+            let waiting = waiting.clone();
             producers.spawn(async move {
                 let (_faults, session) = unreliable(&endpoint).await;
                 let queue = Queue::new(&session, name).unwrap();
                 let mut put = Vec::new();
                 for item in (0..items / PRODUCERS).map(|n| format!("{producer}-{n}")) {
+                    waiting.acquire().await.unwrap().forget();
                     // Unknown is unknown: such an item may be there or not.
                     if queue.enqueue(item.as_str()).await.is_ok() {
                         put.push(item);
@@ -234,7 +242,9 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
             Instant::now() + if full() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
         loop {
             tokio::time::sleep(Duration::from_millis(20)).await;
+            let acked = story.acked.len();
             workers.iter_mut().for_each(|worker| story.hear(worker));
+            waiting.add_permits(story.acked.len() - acked);
             while let Some(ended) = producers.try_join_next() {
                 story.put.extend(ended.unwrap());
             }
