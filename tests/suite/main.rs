@@ -45,4 +45,5 @@ mod session_options;
 mod stale_leader;
 mod stress;
 mod support_tools;
+mod tls;
 mod waiting;

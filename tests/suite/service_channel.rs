@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use etcd_recipes::service::{Balancer, Instance, Policy, Registration, ServiceChannel, Services};
 use futures::future::join_all;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +20,7 @@ use self::proto::greet::greet_server::{Greet, GreetServer};
 use self::proto::greet::{GreetRequest, GreetResponse};
 use super::service_registration::services;
 use crate::support::background;
+use crate::support::certificates::Authority;
 use crate::support::check::scoped;
 use crate::support::ports::free_port;
 use crate::support::sessions::session;
@@ -201,13 +201,9 @@ async fn tls_is_for_the_endpoint_to_say() {
     scoped(async |scope| {
         let session = session(scope).await;
         let services = services(scope, &session);
-        let mut authority = CertificateParams::new(Vec::new()).unwrap();
-        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let server = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-        let server = server.signed_by(&key, &authority).unwrap();
-        let identity = Identity::from_pem(server.pem(), key.serialize_pem());
+        let authority = Authority::new();
+        let server = authority.certify("127.0.0.1");
+        let identity = Identity::from_pem(server.certificate, server.key);
         let secure = serve("secure", Some(ServerTlsConfig::new().identity(identity))).await;
         let registration = register(&services, &secure.address).await;
         let discovery = services.discover("greet").open().await.unwrap();

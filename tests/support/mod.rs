@@ -2,6 +2,7 @@
 //! channel, leak checks, child processes and a cancellation harness. One concept per file.
 
 pub(crate) mod binaries;
+pub(crate) mod certificates;
 pub(crate) mod check;
 pub(crate) mod child;
 pub(crate) mod clock;

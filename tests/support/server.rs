@@ -22,6 +22,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Options {
     args: Vec<String>,
+    listen: Vec<String>,
 }
 
 impl Options {
@@ -42,7 +43,7 @@ impl Options {
 
     fn timed(heartbeat: u32, election: u32) -> Self {
         let args = [format!("--heartbeat-interval={heartbeat}"), format!("--election-timeout={election}")];
-        Self { args: args.into() }
+        Self { args: args.into(), listen: Vec::new() }
     }
 
     /// Adds an argument, for example `--quota-backend-bytes=…`.
@@ -50,6 +51,13 @@ impl Options {
     pub(crate) fn arg(mut self, arg: impl Into<String>) -> Self {
         asked_for(Needs::Settings);
         self.args.push(arg.into());
+        self
+    }
+
+    /// Serves clients at one more URL.
+    #[must_use]
+    pub(crate) fn listen(mut self, url: impl Into<String>) -> Self {
+        self.listen.push(url.into());
         self
     }
 }
@@ -110,10 +118,11 @@ impl Server {
             return Self::started(ports, args, directory);
         }
         let client = format!("http://127.0.0.1:{}", ports.client);
+        let listen: Vec<_> = std::iter::once(&client).chain(&options.listen).cloned().collect();
         let mut args = vec![
             format!("--name={name}"),
             format!("--data-dir={}", directory.path().join("data").display()),
-            format!("--listen-client-urls={client}"),
+            format!("--listen-client-urls={}", listen.join(",")),
             format!("--advertise-client-urls={client}"),
             format!("--listen-peer-urls={}", peer_url(ports)),
             format!("--initial-advertise-peer-urls={}", peer_url(ports)),
