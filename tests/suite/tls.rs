@@ -7,6 +7,7 @@ use etcd_recipes::{ConfigCache, Error, Mutex, Session, SessionBuilder};
 
 use crate::support::certificates::Authority;
 use crate::support::check::scoped_on;
+use crate::support::needs::{Needs, lacking};
 use crate::support::ports::free_port;
 use crate::support::server::{Options, Server};
 
@@ -49,6 +50,9 @@ impl Secure {
 
 #[tokio::test]
 async fn a_session_with_a_certificate_works_as_any_other() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     let secure = Secure::start().await;
     scoped_on(&secure.server, async |scope| {
         let own = secure.authority.certify("client");
@@ -69,6 +73,9 @@ async fn a_session_with_a_certificate_works_as_any_other() {
 
 #[tokio::test]
 async fn who_shows_no_certificate_or_trusts_another_authority_is_told_so() {
+    if lacking(Needs::Settings) {
+        return;
+    }
     let secure = Secure::start().await;
     scoped_on(&secure.server, async |_| {
         let stranger = TlsOptions::new().ca_certificate(Certificate::from_pem(Authority::new().pem()));

@@ -134,7 +134,7 @@ pub(super) async fn every_cut(call: impl AsyncFn(&Stage<'_>, Knife<'_>) -> Optio
 impl<'a> Stage<'a> {
     async fn open(scope: &'a Scope) -> Self {
         let ((faults, ours), (_, other)) = (settled(scope).await, settled(scope).await);
-        Self { scope, faults, ours, other, name: scope.key("name"), tasks: alive_tasks() }
+        Self { scope, faults, ours, other, name: scope.key("name"), tasks: fewest_tasks().await }
     }
 
     pub(super) fn mutex(&self) -> Mutex {
@@ -188,6 +188,21 @@ impl<'a> Stage<'a> {
         eventually(PATIENCE, &what, async || self.ours.is_alive()).await;
         waited
     }
+}
+
+/// How many tasks run once those that only begin or end something are over.
+async fn fewest_tasks() -> usize {
+    /// For so long there were never fewer.
+    const STEADY: Duration = Duration::from_millis(200);
+    let (mut fewest, mut since) = (usize::MAX, Instant::now());
+    while since.elapsed() < STEADY {
+        let tasks = alive_tasks();
+        if tasks < fewest {
+            (fewest, since) = (tasks, Instant::now());
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    fewest
 }
 
 /// A session that watches already, both for itself and for its user, so that it starts no more tasks of its own.
