@@ -77,8 +77,8 @@ impl QueueBuilder {
         }
         let keys = Arc::new(Keys::new(&self.session.core().namespace, &self.name)?);
         let shared = Shared {
+            _used: self.session.core().use_queue(&self.name, &keys.items)?,
             name: self.name,
-            _used: self.session.core().use_queue(&keys.items)?,
             keys,
             bound: self.bound.map(i64::from),
             max_attempts: self.max_attempts,

@@ -81,9 +81,13 @@ impl Hold {
 
     /// Removes what is noted of an item that somebody took in spite of the claim.
     fn tidy(&self) -> TxnOp {
-        let gone = Compare::mod_revision(self.candidate.entry.key.clone(), CompareOp::Equal, 0);
         let attempts = TxnOp::delete(self.keys.attempts(self.id()), None);
-        TxnOp::txn(Txn::new().when([gone]).and_then([attempts]))
+        TxnOp::txn(Txn::new().when([self.gone()]).and_then([attempts]))
+    }
+
+    /// True when there is no such item.
+    fn gone(&self) -> Compare {
+        Compare::mod_revision(self.candidate.entry.key.clone(), CompareOp::Equal, 0)
     }
 
     /// The claim is over at etcd.
@@ -163,12 +167,14 @@ impl Hold {
     /// Gives the item back as if it had never been claimed.
     fn unclaim(mut self) {
         let attempts = self.keys.attempts(self.id());
-        let before = match self.candidate.attempts {
-            None => TxnOp::delete(attempts.clone(), None),
-            Some((before, _)) => TxnOp::put(attempts.clone(), keys::write(&before), None),
+        let nothing = TxnOp::delete(attempts.clone(), None);
+        let restore = match self.candidate.attempts {
+            None => nothing,
+            Some((before, _)) => {
+                let before = TxnOp::put(attempts, keys::write(&before), None);
+                TxnOp::txn(Txn::new().when([self.gone()]).and_then([nothing]).or_else([before]))
+            }
         };
-        let ours = Compare::mod_revision(attempts, CompareOp::Equal, self.facts.create_revision);
-        let restore = TxnOp::txn(Txn::new().when([ours]).and_then([before]));
         self.give_back(restore);
     }
 

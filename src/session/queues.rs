@@ -28,8 +28,8 @@ impl Queues {
 
 impl Core {
     /// Begins to use a name for a queue; refuses it if a lock, an election or another queue of this session would have
-    /// keys in common with it.
-    pub(crate) fn use_queue(&self, prefix: &Prefix) -> Result<Arc<Used>> {
+    /// keys in common with it. `prefix` is that of its items.
+    pub(crate) fn use_queue(&self, name: &[u8], prefix: &Prefix) -> Result<Arc<Used>> {
         // In this order, as who opens a line does it.
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let mut queues = self.queues.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -43,7 +43,7 @@ impl Core {
         if line || queues.keys().any(|other| other.nested(prefix)) {
             let reason =
                 "another name in use by this session is the same up to a '/', and its keys would be items";
-            return Err(Error::InvalidName { name: name::display(prefix.as_bytes()), reason });
+            return Err(Error::InvalidName { name: name::display(name), reason });
         }
         let used = Arc::new(Used);
         queues.insert(prefix.clone(), Arc::downgrade(&used));

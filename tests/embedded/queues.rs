@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use etcd_recipes::embedded::{Fault, Link, Server};
-use etcd_recipes::{Queue, Session};
+use etcd_recipes::{Error, Mutex, Queue, Session};
 use tokio::time::{sleep, timeout};
 
 use super::unanswered::begin;
@@ -178,4 +178,41 @@ async fn an_item_that_is_worked_on_is_not_withdrawn() {
         claim.ack().await.unwrap();
     }
     assert!(server.keys("queue/").is_empty());
+}
+
+/// Its call is dropped while the request is on its way, and before the claim is undone somebody takes the item in spite of
+/// it.
+#[tokio::test(start_paused = true)]
+async fn a_claim_for_nobody_leaves_no_count_of_an_item_that_was_taken() {
+    let (server, link, session) = begin().await;
+    let queue = Queue::new(&session, "queue").unwrap();
+    queue.enqueue("item").await.unwrap();
+    queue.claim().await.unwrap().release(Duration::ZERO).await.unwrap();
+    sleep(PATIENCE).await;
+    let books = || server.keys("_etcd-recipes/queue/queue/work/").len();
+    assert_eq!(books(), 1, "its count");
+    let (claim, undoing) = (link.inject("Txn", Fault::Hold, 1), link.inject("Txn", Fault::Hold, 1));
+    let call = tokio::spawn({
+        let queue = queue.clone();
+        async move { queue.claim().await }
+    });
+    claim.hit(1).await;
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    claim.release();
+    undoing.hit(1).await;
+    assert_eq!(books(), 2, "its count and the claim");
+    let item = server.keys("queue/").remove(0);
+    server.client().await.unwrap().delete(item.key, None).await.unwrap();
+    undoing.release();
+    sleep(PATIENCE).await;
+    assert_eq!(books(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_refused_is_shown_as_it_was_given() {
+    let (_server, _link, session) = begin().await;
+    let _lock = Mutex::new(&session, "jobs/lock").unwrap();
+    let Err(Error::InvalidName { name, .. }) = Queue::new(&session, "jobs") else { panic!("not refused") };
+    assert_eq!(name, "jobs");
 }
