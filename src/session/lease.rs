@@ -183,7 +183,8 @@ impl Keeper {
                             let deadline = local_deadline(renewal.sent, renewal.ttl);
                             return Ok(self.generation(number, lease, deadline));
                         }
-                        Beat::Gone => (lease, sent_before) = (self.random_lease(), false),
+                        // Its time was over before it was known.
+                        Beat::Gone => {}
                         Beat::Nothing => drop(keepalives.instead_of(&stream)),
                     }
                 }
