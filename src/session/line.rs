@@ -62,7 +62,7 @@ pub(crate) struct Line {
 struct Standing {
     /// The snapshot's revision.
     revision: i64,
-    /// The keys ahead, the nearest first: all of them, or when `more`, only some.
+    /// The keys ahead, the newest first: all of them, or when `more`, only some.
     ahead: Vec<Vec<u8>>,
     more: bool,
 }
@@ -299,20 +299,17 @@ fn warn_without_lease(facts: &KeyFacts) {
 impl Standing {
     fn read(keys: impl Iterator<Item = KeyFacts>, more: bool, me: &Position, revision: i64) -> Option<Self> {
         let mut found = false;
-        let mut ahead: Vec<(i64, Vec<u8>)> = Vec::new();
+        let mut ahead = Vec::new();
         for facts in keys {
             match (facts.create_revision, &facts.key).cmp(&(me.created, &me.key)) {
                 std::cmp::Ordering::Less => {
                     warn_without_lease(&facts);
-                    ahead.push((facts.create_revision, facts.key));
+                    ahead.push(facts.key);
                 }
                 std::cmp::Ordering::Equal => found = true,
                 std::cmp::Ordering::Greater => {}
             }
         }
-        // etcd's sort is not stable, so keys of one revision may come in any order.
-        ahead.sort_by(|a, b| b.cmp(a));
-        let ahead = ahead.into_iter().map(|(_, key)| key).collect();
         found.then_some(Self { revision, ahead, more })
     }
 

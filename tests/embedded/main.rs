@@ -11,6 +11,7 @@ mod dropped;
 mod etcdctl;
 mod freshness;
 mod leases;
+mod lines;
 mod malformed;
 mod queues;
 mod registrations;

@@ -149,6 +149,33 @@ async fn a_deletion_that_is_told_late_does_not_count_for_the_key_created_since()
     .await;
 }
 
+/// The keys of a session are created again under their old names, too.
+#[tokio::test]
+async fn a_deletion_of_the_hold_before_that_is_told_late_does_not_end_the_next_one() {
+    scoped(async |scope| {
+        let (faults, session) = delayed(scope).await;
+        let other = Other::new(scope).await;
+        // The first hold comes by the watch, which the second finds still there.
+        other.put("k").await;
+        let waiter = lock(&session, scope);
+        in_line(scope, 2).await;
+        other.delete("k").await;
+        let first = taken(waiter).await;
+        let (name, heard) = (first.key().to_vec(), faults.messages_received("Watch"));
+        faults.hold_answers("Watch", true);
+        first.unlock().await.unwrap();
+        let second = taken(lock(&session, scope)).await;
+        assert_eq!(second.key(), name, "it has another name");
+        faults.hold_answers("Watch", false);
+        eventually(PATIENCE, "it is told", async || faults.messages_received("Watch") > heard).await;
+        assert!(tokio::time::timeout(SHORT, second.lost()).await.is_err(), "it was the deletion before");
+        second.unlock().await.unwrap();
+        other.end().await;
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_key_created_again_before_the_watch_is_confirmed_stands_behind_us() {
     scoped(async |scope| {

@@ -135,27 +135,23 @@ impl Waiter<'_> {
         let Some(target) = standing.ahead.last().cloned() else { return Ok(Wake::Look(None)) };
         let mut watch = self.core.deletions.watch(&Range::key(&target));
         let Some(covered) = watch.covered().await? else { return Ok(Wake::Look(None)) };
-        let mut base = standing.revision;
-        if covered > base {
+        if covered > standing.revision {
             // One key costs etcd the same however long the line is, and all who begin to wait ask at once.
             let options = GetOptions::new().with_keys_only();
             let read = Box::pin(self.core.rpc.get(&target, options, None)).await?;
-            if read.kvs().first().is_none_or(|target| target.create_revision() > base) {
+            if read.kvs().first().is_none_or(|target| target.create_revision() > standing.revision) {
                 return Ok(Wake::Near);
             }
-            base = revision(read.header());
         }
         drop(standing);
-        loop {
-            let news = tokio::select! {
-                biased;
-                news = watch.next() => news?,
-                standing = self.mail() => return Ok(Wake::Look(standing)),
-            };
-            let News::Events(events) = news else { return Ok(Wake::Look(None)) };
-            if events.iter().any(|event| event.revision > base) {
-                return Ok(Wake::Near);
-            }
+        tokio::select! {
+            biased;
+            news = watch.next() => match news? {
+                // Of an earlier key of that name, perhaps: then a look shows that it is far still.
+                News::Events(_) => Ok(Wake::Near),
+                News::Gap => Ok(Wake::Look(None)),
+            },
+            standing = self.mail() => Ok(Wake::Look(standing)),
         }
     }
 

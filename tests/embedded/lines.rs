@@ -1,0 +1,40 @@
+//! Lines of locks whose watches begin too late.
+
+use std::time::Duration;
+
+use etcd_recipes::Mutex;
+use etcd_recipes::embedded::Fault;
+use tokio::time::timeout;
+
+use super::unanswered::begin;
+
+/// It goes between the waiter's entry and the beginning of the watch, and nothing more is told of it.
+#[tokio::test(start_paused = true)]
+async fn a_key_far_ahead_that_goes_before_it_is_watched_is_not_waited_for() {
+    const AHEAD: usize = 12;
+    // Further ahead than this, a waiter does not look.
+    const NEAR: usize = 7;
+    let (server, link, session) = begin().await;
+    let mut foreign = server.client().await.unwrap();
+    for number in 0..AHEAD {
+        foreign.put(format!("lock/{number:02}"), "", None).await.unwrap();
+    }
+    let watch = link.inject("Watch", Fault::Hold, 1);
+    let mutex = Mutex::new(&session, "lock").unwrap();
+    let waiter = tokio::spawn(async move { mutex.lock().await.unwrap() });
+    watch.hit(1).await;
+    for number in 0..AHEAD - NEAR {
+        assert_eq!(foreign.delete(format!("lock/{number:02}"), None).await.unwrap().deleted(), 1);
+    }
+    watch.release();
+    // Time for all that comes of it.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(!waiter.is_finished());
+    for number in AHEAD - NEAR..AHEAD {
+        foreign.delete(format!("lock/{number:02}"), None).await.unwrap();
+    }
+    let guard =
+        timeout(Duration::from_secs(60), waiter).await.expect("it waits for a key that is gone").unwrap();
+    guard.unlock().await.unwrap();
+    assert!(server.keys("lock/").is_empty());
+}
