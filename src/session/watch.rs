@@ -229,17 +229,7 @@ impl Shared {
         }
         table.last_id += 1;
         let id = table.last_id;
-        let watch = Watch {
-            range,
-            told,
-            subscribers: Vec::new(),
-            fragments: Vec::new(),
-            asked: false,
-            lingers: false,
-            alone_since: None,
-            freshness,
-        };
-        table.watches.insert(id, watch);
+        table.watches.insert(id, Watch::new(range, told, freshness));
         let _ = self.requests.send(Request::Create(id));
         id
     }
@@ -340,6 +330,27 @@ impl Drop for Subscription {
 }
 
 impl Watch {
+    fn new(range: Arc<Range>, told: Option<i64>, freshness: Option<Freshness>) -> Self {
+        Self {
+            range,
+            told,
+            subscribers: Vec::new(),
+            fragments: Vec::new(),
+            asked: false,
+            lingers: false,
+            alone_since: None,
+            freshness,
+        }
+    }
+
+    /// Takes in the events of one message.
+    fn hear(&mut self, events: Vec<PbEvent>, fragment: bool) {
+        self.fragments.extend(events);
+        if !fragment && !self.fragments.is_empty() {
+            self.dispatch();
+        }
+    }
+
     /// A subscriber that is too slow is dropped: it finds a gap at the end of its queue.
     fn tell(&mut self, message: &Message) {
         self.subscribers.retain_mut(|(_, subscriber)| subscriber.try_send(message.clone()).is_ok());
@@ -360,3 +371,6 @@ impl Watch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -212,22 +212,7 @@ impl Task {
     fn creation(&self, id: i64) -> Option<(Vec<u8>, WatchOptions)> {
         let mut table = self.shared.table();
         let watch = table.watches.get_mut(&id)?;
-        watch.fragments.clear();
-        // What was read at a revision is followed from there: a watch that starts in the future gives no sign of life.
-        let resumed = std::mem::replace(&mut watch.asked, true) || watch.freshness.is_some();
-        let mut options = WatchOptions::new().with_watch_id(id).with_fragment();
-        if let Some(end) = &watch.range.end {
-            options = options.with_range(end.clone());
-        }
-        if let Some(told) = watch.told {
-            // A deletion at the very revision of a compaction is lost to a watch that starts there, until etcd 3.4.34
-            // and 3.5.16 (etcd issue 18089). From one revision before, etcd says that it cannot tell.
-            options = options.with_start_revision(if resumed { told.max(1) } else { told + 1 });
-        }
-        if self.shared.kind == Kind::Deletions {
-            options = options.with_filters([WatchFilterType::NoPut]);
-        }
-        Some((watch.range.key.clone(), options))
+        Some((watch.range.key.clone(), watch.creation(id, self.shared.kind)))
     }
 
     /// Takes in one message.
@@ -273,10 +258,7 @@ impl Task {
             }
             return Heard::Fine;
         }
-        watch.fragments.extend(message.events);
-        if !message.fragment && !watch.fragments.is_empty() {
-            watch.dispatch();
-        }
+        watch.hear(message.events, message.fragment);
         Heard::Fine
     }
 
@@ -337,6 +319,29 @@ impl Task {
         for id in ids {
             table.end(id, &Message::Gap);
             let _ = stream.writer.send(Write::Cancel(id));
+        }
+    }
+}
+
+impl Watch {
+    /// What it is asked for with, at first or on another stream.
+    pub(super) fn creation(&mut self, id: i64, kind: Kind) -> WatchOptions {
+        // All of it is told again.
+        self.fragments.clear();
+        // What was read at a revision is followed from there: a watch that starts in the future gives no sign of life.
+        let resumed = std::mem::replace(&mut self.asked, true) || self.freshness.is_some();
+        let mut options = WatchOptions::new().with_watch_id(id).with_fragment();
+        if let Some(end) = &self.range.end {
+            options = options.with_range(end.clone());
+        }
+        if let Some(told) = self.told {
+            // A deletion at the very revision of a compaction is lost to a watch that starts there, until etcd 3.4.34
+            // and 3.5.16 (etcd issue 18089). From one revision before, etcd says that it cannot tell.
+            options = options.with_start_revision(if resumed { told.max(1) } else { told + 1 });
+        }
+        match kind {
+            Kind::Deletions => options.with_filters([WatchFilterType::NoPut]),
+            Kind::Everything => options,
         }
     }
 }
