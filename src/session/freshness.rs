@@ -60,3 +60,28 @@ impl Freshness {
         (proof != 0).then(|| Time(proof).until(self.runtime.now()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_stale_grows_old_whatever_its_stream_tells() {
+        let (runtime, stream) = (Arc::new(Runtime::current()), Arc::new(AtomicU64::new(0)));
+        let freshness = Freshness::new(runtime.clone(), stream.clone());
+        let (listed, heard) = (Time(1), runtime.now());
+        freshness.proved(listed);
+        freshness.lost();
+        stream.store(heard.0, Ordering::Relaxed);
+        assert!(
+            freshness.age() >= Some(listed.until(heard)),
+            "another watch of the stream was told something"
+        );
+        // Again in order, and until it is lost: that was a proof.
+        freshness.proved(listed);
+        assert!(freshness.age() <= Some(heard.until(runtime.now())));
+        freshness.lost();
+        stream.store(0, Ordering::Relaxed);
+        assert!(freshness.age() <= Some(heard.until(runtime.now())));
+    }
+}

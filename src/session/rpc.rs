@@ -265,3 +265,48 @@ impl From<&KeyValue> for KeyFacts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a status with this message means, for a client with a user.
+    fn meaning(message: &str) -> Failure {
+        let status = tonic::Status::unknown(message);
+        classify(b"key", etcd_client::Error::GRpcStatus(status), true)
+    }
+
+    #[test]
+    fn what_etcd_did_not_do_is_told_by_its_words() {
+        for passes in ["etcdserver: too many requests", "etcdserver: rpc not supported for learner"] {
+            assert!(matches!(meaning(passes), Failure::Again(_)), "{passes}");
+        }
+        for login in ["etcdserver: invalid auth token", "etcdserver: user name is empty"] {
+            assert!(matches!(meaning(login), Failure::Login(_)), "{login}");
+        }
+        for refusal in
+            ["etcdserver: request is too large", "grpc: received message larger than max (3 vs. 2)"]
+        {
+            assert!(matches!(meaning(refusal), Failure::Refused(Error::Etcd { .. })), "{refusal}");
+        }
+        let full = meaning("etcdserver: mvcc: database space exceeded");
+        assert!(matches!(full, Failure::Refused(Error::NoSpace { .. })));
+        assert!(matches!(meaning("etcdserver: requested lease not found"), Failure::LeaseGone(_)));
+        assert!(matches!(meaning("etcdserver: lease already exists"), Failure::LeaseExists));
+    }
+
+    #[test]
+    fn what_may_still_be_done_is_unknown() {
+        for message in [
+            "etcdserver: request timed out",
+            "etcdserver: leader changed",
+            "etcdserver: no leader",
+            "etcdserver: server stopped",
+            // Not said by etcd itself.
+            "too many requests",
+            "transport is closing",
+        ] {
+            assert!(meaning(message).is_unanswered(), "{message}");
+        }
+    }
+}

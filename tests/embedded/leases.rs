@@ -1,9 +1,12 @@
 //! What a session makes of its lease, and of what is left on it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use etcd_recipes::embedded::Server;
-use etcd_recipes::{Election, SessionState};
+use etcd_recipes::{Election, Mutex, SessionState};
+use futures::FutureExt as _;
 use tokio::time::timeout;
 
 /// An idle session hears of it from the next renewal, not from its clock.
@@ -46,4 +49,38 @@ async fn a_proclamation_brings_the_key_back_to_its_lease() {
     assert_eq!((key.value, key.lease), (b"two".to_vec(), session.lease_id().unwrap()));
     session.close().await.unwrap();
     assert!(server.keys("election/").is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_application_that_panics_when_it_is_asked_does_not_live() {
+    const SOON: Duration = Duration::from_secs(60);
+    let (server, dead) = (Server::start(), Arc::new(AtomicBool::new(false)));
+    let alive = {
+        let dead = dead.clone();
+        move || if dead.load(Ordering::Relaxed) { panic!("it is dead") } else { true }
+    };
+    let builder = server.session(&server.link()).await.unwrap();
+    let session = builder.liveness(alive).connect().await.unwrap();
+    let mut state = session.watch_state();
+    let mut becomes = async |wanted| {
+        let state = timeout(SOON, state.wait_for(|state| *state == wanted)).await;
+        drop(state.unwrap_or_else(|_| panic!("never {wanted:?}")).expect("its keeper has ended"));
+    };
+    dead.store(true, Ordering::Relaxed);
+    becomes(SessionState::Lost { generation: 1 }).await;
+    dead.store(false, Ordering::Relaxed);
+    becomes(SessionState::Connected { generation: 2 }).await;
+}
+
+/// Nobody looks while time passes, as when the work blocks its thread.
+#[tokio::test(start_paused = true)]
+async fn work_that_ends_after_the_lease_is_not_told_as_done() {
+    const TTL: Duration = Duration::from_secs(10);
+    let server = Server::start();
+    let session = server.session(&server.link()).await.unwrap().ttl(TTL).connect().await.unwrap();
+    let guard = Mutex::new(&session, "lock").unwrap().lock().await.unwrap();
+    let work = async {
+        tokio::time::advance(TTL).now_or_never();
+    };
+    assert!(guard.run(work).await.unwrap_err().is_lost());
 }

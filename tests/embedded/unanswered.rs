@@ -167,3 +167,22 @@ async fn an_item_with_an_id_is_put_although_the_lease_of_ids_is_revoked() {
     assert_eq!(queue.enqueue_once("2", "again").await.unwrap(), None);
     assert_eq!(server.keys("queue/").len(), 2);
 }
+
+/// The first request is lost on its way, and meanwhile somebody deletes the claim, or the item: the other is still there,
+/// so the ack was not applied.
+#[tokio::test(start_paused = true)]
+async fn an_ack_was_not_applied_if_it_left_something() {
+    let claims = "_etcd-recipes/queue/queue/work/claim/";
+    for (taken, left) in [(claims, "queue/"), ("queue/", claims)] {
+        let (server, link, session) = begin().await;
+        let queue = Queue::new(&session, "queue").unwrap();
+        queue.enqueue("item").await.unwrap();
+        let claim = queue.claim().await.unwrap();
+        let (key, mut client) = (server.keys(taken).remove(0).key, server.client().await.unwrap());
+        link.inject("Txn", Fault::Refuse, 1);
+        let (acked, deleted) = tokio::join!(claim.ack(), client.delete(key, None));
+        assert_eq!(deleted.unwrap().deleted(), 1, "the ack was faster");
+        assert!(matches!(acked, Err(Error::Lost { .. })), "without {taken}: {acked:?}");
+        assert!(taken == "queue/" || server.keys(left).len() == 1, "it is gone");
+    }
+}

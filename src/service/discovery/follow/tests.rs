@@ -1,5 +1,5 @@
 use super::*;
-use crate::service::formats::GoZero;
+use crate::service::formats::{GoZero, Kratos};
 
 fn known(protection: Option<Protection>) -> Known {
     Known {
@@ -86,6 +86,40 @@ async fn those_who_vanish_together_are_kept_for_a_while() {
     tokio::time::advance(keep).await;
     assert!(addresses(&mut known).is_empty());
     assert_eq!(known.next_to_go(), None);
+}
+
+/// However many may go.
+#[test]
+fn a_list_does_not_become_empty_at_once() {
+    let mut known = known(Some(Protection { share: 1.0, keep: Duration::from_secs(30) }));
+    put(&mut known, "1", "x:1", 5);
+    put(&mut known, "2", "y:1", 5);
+    delete(&mut known, "1");
+    assert_eq!(addresses(&mut known), ["y:1"]);
+    delete(&mut known, "2");
+    assert_eq!(addresses(&mut known), ["x:1", "y:1"]);
+}
+
+#[test]
+fn of_entries_with_one_id_the_newest_counts() {
+    let value = |port: u16| {
+        format!(r#"{{"id":"one","name":"s","version":"","metadata":{{}},"endpoints":["grpc://x:{port}"]}}"#)
+    };
+    for newest in ["a", "b", "c"] {
+        let mut known = Known { format: Arc::new(Kratos::default()), ..known(None) };
+        for (port, key) in (1..).zip(["a", "b", "c"]) {
+            let revision = if key == newest { 9 } else { i64::from(port) };
+            known.put(&Entry {
+                key: format!("/microservices/s/{key}").into(),
+                value: value(port).into(),
+                create_revision: 1,
+                mod_revision: revision,
+                lease: 1,
+            });
+        }
+        let port = newest.as_bytes()[0] - b'a' + 1;
+        assert_eq!(addresses(&mut known), [format!("x:{port}")]);
+    }
 }
 
 #[test]
