@@ -26,6 +26,8 @@ const CONSUMERS: usize = 8;
 const PRODUCERS: usize = 8;
 /// Items put and not acked.
 const WAITING: usize = 5_000;
+/// So often while the items are worked off, a consumer is killed that holds one.
+const ROUNDS: usize = 10;
 /// Of a thousand answers, so many are lost.
 const LOST: u32 = 20;
 
@@ -62,17 +64,28 @@ fn done_key(name: &str, item: &str) -> String {
     format!("done/{name}/{item}")
 }
 
-/// Works until it is killed, or told to end.
+/// Works until it is killed, or told to end. Told to hold, it keeps its next item.
 async fn work(mut role: Role) {
     let name = role.variable("NAME");
     let (_faults, session) = unreliable(&role.variable("ENDPOINT")).await;
     let queue = Queue::new(&session, &name).unwrap();
+    let mut holds = false;
     loop {
         let mut claim = tokio::select! {
             claim = queue.claim() => claim.unwrap(),
-            _ = role.hear() => break,
+            told = role.hear() => {
+                if told == "end" {
+                    break;
+                }
+                holds = true;
+                continue;
+            }
         };
         let item = text(claim.value()).to_owned();
+        if holds {
+            role.say(format!("holds {item}"));
+            std::future::pending::<()>().await;
+        }
         role.say(format!("claimed {item}"));
         let write = Txn::new().and_then([TxnOp::put(done_key(&name, &item), "", None)]);
         // With the user's own write, or without.
@@ -172,35 +185,60 @@ async fn an_item_that_kills_its_consumers_is_delivered_exactly_as_often_as_it_ma
 struct Story {
     put: Vec<String>,
     acked: HashMap<String, usize>,
-    /// The items that a dead consumer had claimed, and since when they are to be delivered again.
-    orphans: HashMap<String, Instant>,
+    orphans: HashMap<String, Orphan>,
+    /// How many consumers died with an item for sure, and how many of those were delivered again.
+    died: usize,
+    redelivered: usize,
     slowest: Duration,
     etcd_started: Option<Instant>,
+}
+
+/// An item that a dead consumer had claimed.
+struct Orphan {
+    since: Instant,
+    /// It was not acked, for sure.
+    held: bool,
 }
 
 struct Worker {
     child: Child,
     claimed: Option<String>,
+    /// What it claimed it keeps.
+    holds: bool,
+}
+
+impl Worker {
+    fn new(child: Child) -> Self {
+        Self { child, claimed: None, holds: false }
+    }
 }
 
 impl Story {
     fn hear(&mut self, worker: &mut Worker) {
         for line in worker.child.said() {
             let (what, item) = line.split_once(' ').expect("two words");
-            match what {
-                "claimed" => {
-                    worker.claimed = Some(item.to_owned());
-                    if let Some(since) = self.orphans.remove(item) {
-                        let since = self.etcd_started.map_or(since, |started| started.max(since));
-                        self.slowest = self.slowest.max(since.elapsed());
-                    }
-                }
-                _ => {
-                    worker.claimed = None;
-                    *self.acked.entry(item.to_owned()).or_default() += 1;
-                }
+            if what == "acked" {
+                worker.claimed = None;
+                *self.acked.entry(item.to_owned()).or_default() += 1;
+                continue;
+            }
+            worker.claimed = Some(item.to_owned());
+            worker.holds = what == "holds";
+            if let Some(orphan) = self.orphans.remove(item) {
+                let since = self.etcd_started.map_or(orphan.since, |started| started.max(orphan.since));
+                self.slowest = self.slowest.max(since.elapsed());
+                self.redelivered += usize::from(orphan.held);
             }
         }
+    }
+
+    /// Kills a consumer. What it says last is heard.
+    fn kill(&mut self, mut worker: Worker) {
+        self.hear(&mut worker);
+        self.died += usize::from(worker.holds);
+        let Worker { child, claimed, holds } = worker;
+        self.orphans.extend(claimed.map(|item| (item, Orphan { since: Instant::now(), held: holds })));
+        child.kill();
     }
 }
 
@@ -235,9 +273,9 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
             });
         }
         let mut story = Story::default();
-        let worker = || Worker { child: start(scope, "work"), claimed: None };
-        let mut workers: Vec<Worker> = (0..CONSUMERS).map(|_| worker()).collect();
-        let (mut killed, mut restarts) = (Instant::now(), 0);
+        let new_worker = || Worker::new(start(scope, "work"));
+        let mut workers: Vec<Worker> = (0..CONSUMERS).map(|_| new_worker()).collect();
+        let (mut killed, mut doomed, mut restarts) = (Instant::now(), 0, 0);
         let limit =
             Instant::now() + if full() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
         loop {
@@ -248,13 +286,19 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
             while let Some(ended) = producers.try_join_next() {
                 story.put.extend(ended.unwrap());
             }
+            for worker in &mut workers {
+                if worker.holds {
+                    story.kill(std::mem::replace(worker, new_worker()));
+                }
+            }
+            // Whatever it is about.
             if killed.elapsed() > Duration::from_secs(1) {
                 killed = Instant::now();
-                let at = fastrand::usize(..CONSUMERS);
-                let mut dead = std::mem::replace(&mut workers[at], worker());
-                story.hear(&mut dead);
-                story.orphans.extend(dead.claimed.take().map(|item| (item, Instant::now())));
-                dead.child.kill();
+                story.kill(std::mem::replace(&mut workers[fastrand::usize(..CONSUMERS)], new_worker()));
+            }
+            if story.acked.len() * ROUNDS / items > doomed {
+                doomed += 1;
+                workers[doomed % CONSUMERS].child.tell("hold");
             }
             let part = story.acked.len() * 3 / items;
             if part > restarts && restarts < 2 {
@@ -269,6 +313,11 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
                 break;
             }
         }
+        eventually(PATIENCE, "what the dead held is delivered again", async || {
+            workers.iter_mut().for_each(|worker| story.hear(worker));
+            story.redelivered == story.died
+        })
+        .await;
         for mut worker in workers {
             story.hear(&mut worker);
             worker.child.tell("end");
@@ -299,14 +348,17 @@ async fn tell(scope: &Scope, story: &Story, items: usize, restarts: usize) {
     let done = |item: &&String| item.ends_with('0') || written.contains_key(*item);
     let lost: Vec<_> = story.put.iter().filter(|item| !done(item)).collect();
     eprintln!(
-        "{} of {items} put for sure, {} acked, {} written, {restarts} restarts, slowest redelivery {:?}",
+        "{} of {items} put for sure, {} acked, {} written, {restarts} restarts, {} died with an item, slowest \
+         redelivery {:?}",
         story.put.len(),
         story.acked.len(),
         written.len(),
+        story.died,
         story.slowest
     );
     assert!(lost.is_empty(), "lost: {lost:?}");
     assert!(story.put.len() > items * 9 / 10, "the producers put only {}", story.put.len());
+    assert!(story.died >= ROUNDS / 2, "only {} died with an item", story.died);
     assert!(story.slowest < REDELIVERY + LOAD, "redelivered after {:?}", story.slowest);
     let options = etcd_client::DeleteOptions::new().with_prefix();
     scope.client().delete(prefix, Some(options)).await.unwrap();
