@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use etcd_recipes::embedded::Server;
+use etcd_recipes::embedded::{Fault, Server};
 use etcd_recipes::{Election, Mutex, SessionState};
 use futures::FutureExt as _;
 use tokio::time::timeout;
@@ -83,4 +83,21 @@ async fn work_that_ends_after_the_lease_is_not_told_as_done() {
         tokio::time::advance(TTL).now_or_never();
     };
     assert!(guard.run(work).await.unwrap_err().is_lost());
+}
+
+/// Nobody hears that it was granted, and it is over before it is known how long it lives.
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_is_over_before_it_is_known_is_granted_again() {
+    let server = Server::start();
+    let link = server.link();
+    let lost = link.inject("LeaseGrant", Fault::LoseAnswer, 1);
+    let renewal = link.inject("LeaseKeepAlive", Fault::Hold, 1);
+    let connecting = tokio::spawn(server.session(&link).await.unwrap().connect());
+    renewal.hit(1).await;
+    assert_eq!((lost.hits(), server.leases().len()), (1, 1));
+    assert!(server.expire(server.leases()[0]));
+    renewal.release();
+    let session = timeout(Duration::from_secs(60), connecting).await.expect("stuck").unwrap().unwrap();
+    assert_eq!(server.leases(), [session.lease_id().unwrap()]);
+    Mutex::new(&session, "lock").unwrap().lock().await.unwrap().unlock().await.unwrap();
 }

