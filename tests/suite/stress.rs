@@ -84,9 +84,16 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
         }
         sessions.push(session);
     }
-    let what = format!("seed {seed}: the line is empty");
     // The sessions live on, and with them whatever is stuck.
-    eventually(PATIENCE, &what, async || line(&mut scope.client(), &name).await.is_empty()).await;
+    let emptied =
+        eventually(PATIENCE * 2, "empty", async || line(&mut scope.client(), &name).await.is_empty());
+    if tokio::time::timeout(PATIENCE, emptied).await.is_err() {
+        panic!(
+            "seed {seed}: left in line: {:?}; {}",
+            line(&mut scope.client(), &name).await,
+            answering(&sessions).await
+        );
+    }
     for session in &sessions {
         let mutex = etcd_recipes::Mutex::new(session, &name).unwrap();
         let guard = tokio::time::timeout(PATIENCE / 4, mutex.lock()).await.expect("stuck").unwrap();
@@ -99,6 +106,20 @@ async fn round(scope: &Scope, seed: u64, time: Duration) {
     for session in sessions {
         session.close().await.unwrap();
     }
+}
+
+/// Whether etcd answers on the channels of these sessions, for whoever looks for what is stuck.
+async fn answering(sessions: &[Session]) -> String {
+    let ask = async |session: &Session| {
+        let (asked, mut client) = (Instant::now(), session.client());
+        let answer = tokio::time::timeout(PATIENCE / 4, client.get("any", None)).await;
+        format!(
+            "{session:?} hears from etcd: {:?} after {:?}",
+            answer.map(|answer| answer.is_ok()),
+            asked.elapsed()
+        )
+    };
+    join_all(sessions.iter().map(ask)).await.join("; ")
 }
 
 /// Makes a channel fail in every way, each with its own chance in a thousand. Returns those whose second copies come
