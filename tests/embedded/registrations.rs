@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use etcd_recipes::embedded::{Link, Server};
+use etcd_recipes::embedded::{Fault, Link, Server};
 use etcd_recipes::service::{Instance, Registration, RegistrationState, Services};
 use etcd_recipes::{Error, Session};
 use tokio::time::{sleep, timeout};
@@ -44,6 +44,47 @@ async fn one_that_was_deleted_comes_back() {
     assert_eq!(server.keys(registration.key())[0].lease, session.lease_id().unwrap());
     registration.update(|instance| instance.weight = 2).await.unwrap();
     assert_eq!(registration.state(), RegistrationState::Registered);
+}
+
+/// What its session has put on a lease that ended before it knew is heard of when it has none.
+#[tokio::test(start_paused = true)]
+async fn one_is_not_superseded_by_itself() {
+    const ALL: usize = 1_000_000;
+    let server = Server::start();
+    let link = server.link();
+    let session = server.session(&link).await.unwrap().ttl(Duration::from_secs(5)).connect().await.unwrap();
+    let registration = register(&session, 1).await;
+    sleep(Duration::from_secs(1)).await;
+    let wait_for = async |what: &str, reached: &dyn Fn() -> bool| {
+        let reached = async {
+            while !reached() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(30), reached).await.unwrap_or_else(|_| panic!("never: {what}"));
+    };
+    // It is told nothing, neither by its watch nor by answers.
+    link.inject("Watch", Fault::Refuse, ALL);
+    link.inject("Txn", Fault::LoseAnswer, ALL);
+    link.cut();
+    link.restore();
+    let first = session.lease_id().unwrap();
+    server.expire(first);
+    let lease = || server.keys(registration.key()).first().map(|key| key.lease);
+    wait_for("it is put again", &|| lease().is_some_and(|lease| lease != first)).await;
+    server.expire(lease().unwrap());
+    link.inject("LeaseGrant", Fault::Refuse, ALL);
+    wait_for("the session has no lease", &|| session.lease_id().is_none()).await;
+    link.clear();
+    link.inject("LeaseGrant", Fault::Refuse, ALL);
+    let superseded = || registration.state() == RegistrationState::Superseded;
+    wait_for("it watches again", &|| server.watches() > 0 || superseded()).await;
+    sleep(Duration::from_secs(1)).await;
+    assert!(!superseded());
+    link.clear();
+    wait_for("it is registered", &|| registration.state() == RegistrationState::Registered).await;
+    assert_eq!(lease(), session.lease_id());
+    registration.update(|instance| instance.weight = 2).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

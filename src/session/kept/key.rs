@@ -25,6 +25,8 @@ pub(super) struct Key {
     last: i64,
     /// The lease of our last put.
     lease: i64,
+    /// Leases that ended before a put on them was answered: what is on them is ours as well.
+    unanswered: Vec<i64>,
     phase: Phase,
     /// A write is under way, with this value if it puts one.
     pub(super) under_way: Option<Option<Arc<[u8]>>>,
@@ -74,6 +76,7 @@ impl Key {
             put: None,
             last: 0,
             lease: 0,
+            unanswered: Vec::new(),
             phase: Phase::Taking(answer),
             under_way: None,
             deleted: 0,
@@ -198,7 +201,10 @@ impl Key {
             Outcome::Ended => match self.phase {
                 // The lease takes it along.
                 Phase::Leaving(_) => self.end(Ok(())),
-                _ => Next::Go,
+                _ => {
+                    self.unanswered.push(lease);
+                    Next::Go
+                }
             },
         }
     }
@@ -212,6 +218,8 @@ impl Key {
     ) -> Next {
         let Some(value) = value else { return self.end(Ok(())) };
         (self.last, self.lease, self.refused) = (revision, lease, None);
+        // Those leases were over before.
+        self.unanswered = Vec::new();
         if Arc::ptr_eq(&value, &self.value) {
             self.updates.drain(..).for_each(|update| drop(update.send(Ok(()))));
         }
@@ -268,6 +276,7 @@ impl Key {
     pub(super) fn hear(&mut self, revision: i64, put: Option<i64>, lease: i64) -> Next {
         match put {
             Some(owner) if owner == lease || owner == self.lease && owner != 0 => {}
+            Some(owner) if self.unanswered.contains(&owner) => {}
             Some(_) => {
                 self.foreign = self.foreign.max(revision);
                 if self.under_way.is_none() && revision > self.last && matches!(self.phase, Phase::Having) {
