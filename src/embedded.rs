@@ -129,12 +129,13 @@
 //! services for locks and elections in the server are not there: their methods answer `Unimplemented`, by name. A lease ends
 //! on time, not up to half a second late, and is granted for one second at least. A watch is told of the past at once, not a tenth
 //! of a second later. A watch that starts at the very revision of a compaction is told of a deletion there, as by etcd from
-//! 3.4.34 and 3.5.16 on, and a sort order or target that is none is refused, which older ones do not. The test suite of this
-//! crate runs on this server as well as on etcd, and 100,000 random requests are compared with those to an etcd.
+//! 3.4.34 and 3.5.16 on, and a sort by a target that is none is refused, over which older ones end themselves. The test suite
+//! of this crate runs on this server as well as on etcd, and 100,000 random requests are compared with those to an etcd.
 
 mod engine;
 mod lease;
 mod link;
+mod named;
 mod service;
 mod status;
 mod store;

@@ -30,6 +30,7 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::engine::{Engine, MEMBER};
+use super::named::{Named, unknown};
 use super::status::Refusal;
 
 /// What etcd this server behaves like.
@@ -56,11 +57,11 @@ pub(super) struct Services {
 /// All services, by the paths of their methods.
 pub(super) fn routes(services: &Services) -> Routes {
     let all = || services.clone();
-    let services = Routes::new(PbKvServer::new(all()).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(PbWatchServer::new(all()))
-        .add_service(PbLeaseServer::new(all()))
-        .add_service(PbMaintenanceServer::new(all()))
-        .add_service(PbClusterServer::new(all()));
+    let services = Routes::new(Named(PbKvServer::new(all()).max_decoding_message_size(MAX_MESSAGE)))
+        .add_service(Named(PbWatchServer::new(all())))
+        .add_service(Named(PbLeaseServer::new(all())))
+        .add_service(Named(PbMaintenanceServer::new(all())))
+        .add_service(Named(PbClusterServer::new(all())));
     let others = |uri: http::Uri| async move {
         if uri.path() == "/health" {
             return http::Response::new(Body::new(Full::from(r#"{"health":"true","reason":""}"#)));
@@ -123,7 +124,8 @@ impl PbKvService for Services {
         &self,
         _: Request<PbRangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
-        Err(not_served("KV/RangeStream"))
+        // etcd has it from 3.6 on.
+        Err(unknown("/etcdserverpb.KV/RangeStream"))
     }
 
     async fn put(&self, request: Request<PbPutRequest>) -> Result<Response<PbPutResponse>, Status> {

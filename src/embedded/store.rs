@@ -251,6 +251,9 @@ fn shallow(kv: &PbKeyValue) -> PbKeyValue {
 /// Sorts as a request asks: the target's numbers are etcd's.
 fn sort(found: &mut [Arc<PbKeyValue>], target: i32, order: i32) {
     const DESCENDING: i32 = 2;
+    if !(0..=DESCENDING).contains(&order) {
+        return;
+    }
     match target {
         1 => found.sort_by_key(|kv| kv.version),
         2 => found.sort_by_key(|kv| kv.create_revision),

@@ -142,7 +142,8 @@ impl Stream {
         if watch.from < store.compacted() {
             let _ = self.out.send(PbWatchResponse {
                 watch_id: id,
-                canceled: true,
+                // As etcd, to which a compaction at 0 is none to speak of.
+                canceled: store.compacted() != 0,
                 compact_revision: store.compacted(),
                 ..blank(header)
             });
@@ -150,7 +151,9 @@ impl Stream {
             self.watches.insert(id, Watch { from: i64::MAX, ..watch });
             return;
         }
-        self.send(id, &watch, watch.events(store.since(watch.from), store.compacted()), header);
+        // As etcd: who asks for what was before all revisions is told nothing of the past.
+        let past = if watch.from < 0 { i64::MAX } else { watch.from };
+        self.send(id, &watch, watch.events(store.since(past), store.compacted()), header);
         self.watches.insert(id, watch);
     }
 

@@ -197,14 +197,6 @@ async fn reads_and_writes_are_refused_as_by_etcd() {
         both.range(PbRangeRequest::default()).await,
         "InvalidArgument: etcdserver: key is not provided"
     );
-    // The etcds of the tests serve an order that is none, and end themselves over such a target: newer ones refuse.
-    for request in [PbRangeRequest { sort_order: 7, ..range() }, PbRangeRequest { sort_target: 9, ..range() }]
-    {
-        let answer: Result<PbRangeResponse, _> = both.raw[1].call("/etcdserverpb.KV/Range", request).await;
-        let refusal = answer.unwrap_err();
-        assert_eq!(refusal.code(), Code::InvalidArgument);
-        assert_eq!(refusal.message(), "etcdserver: invalid sort option");
-    }
     both.range(PbRangeRequest { range_end: b"a".to_vec(), ..range() }).await;
     for number in [i64::MIN, -1, i64::MAX] {
         both.range(PbRangeRequest { revision: number, ..range() }).await;
@@ -239,6 +231,41 @@ async fn reads_and_writes_are_refused_as_by_etcd() {
     }
     // Both are still there, and nothing was written.
     both.range(range()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_that_are_none_sort_nothing_as_at_etcd() {
+    let mut both = Both::start().await;
+    // The order of the keys, of the values and of the revisions differ.
+    for (key, value) in [("b", "2"), ("c", "1"), ("a", "3"), ("b", "4")] {
+        let put = PbPutRequest { key: key.into(), value: value.into(), ..PbPutRequest::default() };
+        both.put(put).await;
+    }
+    for sort_order in [-1, 0, 1, 2, 3, i32::MAX] {
+        for sort_target in [0, 1, 2, 3, 4, -1, 9] {
+            let range = PbRangeRequest { key: vec![0], range_end: vec![0], ..PbRangeRequest::default() };
+            let all = PbRangeRequest { sort_order, sort_target, ..range };
+            let limited = PbRangeRequest { limit: 2, ..all.clone() };
+            let sorts = (0..=2).contains(&sort_order);
+            match (sorts, sort_target) {
+                // Of those that are alike etcd's order is any.
+                (true, 1) => {}
+                (true, -1 | 9) => {
+                    // The etcds of the tests end themselves over this.
+                    let path = "/etcdserverpb.KV/Range";
+                    let answer: Result<PbRangeResponse, _> = both.raw[1].call(path, all).await;
+                    let refusal = answer.unwrap_err();
+                    let words = "etcdserver: invalid sort option";
+                    assert_eq!((refusal.code(), refusal.message()), (Code::InvalidArgument, words));
+                }
+                _ => {
+                    both.range(limited.clone()).await;
+                    both.range(all).await;
+                    both.txn(then(vec![op(PbTxnOpRequest::RequestRange(limited))])).await;
+                }
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -360,6 +387,52 @@ async fn watches_are_refused_as_by_etcd() {
         told.push((most, raw.watch(vec![WatchRequest { create: Some(create), cancel: None }]).await));
     }
     assert_eq!(told[1], told[0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_from_before_the_first_revision_tells_what_etcd_does() {
+    let mut both = Both::start().await;
+    let put = |value: &str| PbPutRequest { key: key(), value: value.into(), ..PbPutRequest::default() };
+    let create = || Create { key: key(), start_revision: -1, ..Create::default() };
+    for compacted in [None, Some(0), Some(2)] {
+        both.put(put("before")).await;
+        if let Some(revision) = compacted {
+            let request = PbCompactionRequest { revision, physical: true };
+            both.same("/etcdserverpb.KV/Compact", &request, |_: PbCompactionResponse| String::new()).await;
+        }
+        let mut told = Vec::new();
+        for raw in &mut both.raw {
+            let mut writer = Raw(raw.0.clone());
+            let late = async {
+                // The first is told of the past by then, if it is at all.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let put: Result<PbPutResponse, _> = writer.call("/etcdserverpb.KV/Put", put("after")).await;
+                put.unwrap();
+            };
+            let create = WatchRequest { create: Some(create()), cancel: None };
+            told.push(tokio::join!(raw.watch(vec![create]), late).0);
+        }
+        assert_eq!(told[1], told[0], "compacted: {compacted:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn methods_that_a_service_does_not_have_are_refused_as_by_etcd() {
+    let mut both = Both::start().await;
+    for path in [
+        "/etcdserverpb.KV/Nothing",
+        "/etcdserverpb.KV/RangeStream",
+        "/etcdserverpb.Watch/Nothing",
+        "/etcdserverpb.Lease/nothing%20at-all",
+        "/etcdserverpb.Maintenance/status",
+        "/etcdserverpb.Cluster/Nothing",
+    ] {
+        let said =
+            both.same(path, &PbRangeRequest::default(), |got: PbRangeResponse| format!("{got:?}")).await;
+        assert!(said.starts_with("Unimplemented: unknown method "), "{said}");
+    }
+    // As before.
+    both.range(PbRangeRequest { key: key(), ..PbRangeRequest::default() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
