@@ -11,6 +11,9 @@ mod services;
 mod trace;
 mod world;
 
+use std::process::Command;
+use std::time::Duration;
+
 use configs::Configs;
 use locks::Locks;
 use queues::Queues;
@@ -18,7 +21,7 @@ use services::Registered;
 use trace::{Line, Trace};
 use world::World;
 
-/// Everything that happens is drawn from the seed; gives what went over the links, and when.
+/// Everything that happens is drawn from the seed; gives what went over the links and what was told, and when.
 fn run(seed: u64) -> Vec<Line> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
@@ -29,10 +32,10 @@ fn run(seed: u64) -> Vec<Line> {
         // Not everything at once, so that what one does is not always lost among the others.
         let mut some = || random.bool();
         let (locks, queues, registered, configs) = (some(), some(), some(), some());
-        let locks = locks.then(|| Locks::begin(processes, *revokes, random));
-        let queues = queues.then(|| Queues::begin(processes, random));
-        let registered = registered.then(|| Registered::begin(server, processes, random));
-        let configs = configs.then(|| Configs::begin(processes, random));
+        let locks = locks.then(|| Locks::begin(processes, *revokes, random, &trace));
+        let queues = queues.then(|| Queues::begin(processes, random, &trace));
+        let registered = registered.then(|| Registered::begin(server, processes, random, &trace));
+        let configs = configs.then(|| Configs::begin(processes, random, &trace));
         tokio::time::sleep(world::STORM).await;
         world.calm().await;
         if let Some(locks) = locks {
@@ -86,11 +89,28 @@ fn random_faults_break_nothing() {
     }
 }
 
+/// Runs a seed as who looks into it does, in a process of its own; gives what that prints.
+fn run_elsewhere(seed: u64) -> String {
+    let tests = std::env::current_exe().expect("no path of this test binary");
+    let mut command = Command::new(tests);
+    command.args(["simulation::random", "--nocapture"]).env("SEED", seed.to_string()).env("TRACE", "1");
+    let done = command.output().unwrap();
+    let printed = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.success(), "seed {seed} fails elsewhere:\n{printed}");
+    printed
+}
+
 #[test]
 fn a_seed_replays_exactly() {
-    let replays = std::env::var("REPLAYS").map_or(8, |seeds| seeds.parse().expect("REPLAYS is a number"));
-    for seed in only().map_or(0..replays, |seed| seed..seed + 1) {
-        let (once, again) = (run(seed), run(seed));
+    let replays = std::env::var("REPLAYS").map_or(16, |seeds| seeds.parse().expect("REPLAYS is a number"));
+    let seeds = only().map_or(0..replays, |seed| seed..seed + 1);
+    let runs: Vec<_> = seeds.map(|seed| (seed, run(seed))).collect();
+    // The clock on the wall shows another second from here on.
+    std::thread::sleep(Duration::from_millis(1_100));
+    for (seed, lines) in runs {
+        let once: Vec<_> = lines.iter().map(|line| format!("{line:?}")).collect();
+        let printed = run_elsewhere(seed);
+        let again: Vec<_> = printed.lines().collect();
         let differs = once.iter().zip(&again).position(|(one, other)| one != other);
         if let Some(at) = differs {
             let about = at.saturating_sub(10);

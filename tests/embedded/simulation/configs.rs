@@ -10,6 +10,7 @@ use fastrand::Rng;
 use futures::StreamExt as _;
 use tokio::task::JoinSet;
 
+use super::trace::Trace;
 use super::world::{CALM, History, Process, World};
 
 const KEYS: [&str; 3] = ["a", "b", "c"];
@@ -70,6 +71,7 @@ pub(super) struct Configs {
     book: Arc<Shared<Book>>,
     tasks: JoinSet<()>,
     followed: Vec<Followed>,
+    trace: Trace,
 }
 
 struct Followed {
@@ -78,15 +80,15 @@ struct Followed {
 }
 
 impl Configs {
-    pub(super) fn begin(processes: &[Process], random: &mut Rng) -> Self {
+    pub(super) fn begin(processes: &[Process], random: &mut Rng, trace: &Trace) -> Self {
         let (book, mut tasks, mut followed) =
             (Arc::new(Shared::new(Book::default())), JoinSet::new(), Vec::new());
         for process in processes {
             let cache = ConfigCache::new(&process.session, "config").unwrap();
             tasks.spawn(publish(cache.clone(), book.clone(), random.fork()));
-            followed.push(Followed::begin(cache));
+            followed.push(Followed::begin(cache, trace.clone()));
         }
-        Self { book, tasks, followed }
+        Self { book, tasks, followed, trace: trace.clone() }
     }
 
     /// Waits for those who publish, and for the caches to catch up.
@@ -99,7 +101,8 @@ impl Configs {
         tokio::time::timeout(CALM, all).await.expect("a publisher is stuck");
         // One that begins late is told the same.
         let late = ConfigCache::open(&world.processes[0].session, "config");
-        self.followed.push(Followed::begin(tokio::time::timeout(CALM, late).await.unwrap().unwrap()));
+        let late = tokio::time::timeout(CALM, late).await.unwrap().unwrap();
+        self.followed.push(Followed::begin(late, self.trace.clone()));
         for followed in &self.followed {
             tokio::time::timeout(CALM, followed.caught_up(world)).await.expect("a cache does not catch up");
         }
@@ -155,12 +158,13 @@ fn of_configs(history: &History) -> impl Iterator<Item = &(i64, Vec<u8>, Option<
 }
 
 impl Followed {
-    fn begin(cache: ConfigCache) -> Self {
+    fn begin(cache: ConfigCache, trace: Trace) -> Self {
         let seen = Arc::new(Shared::new(Seen::default()));
         let (mut changes, told) = (cache.changes(""), seen.clone());
         tokio::spawn(async move {
             let mut listed = None;
             while let Some(change) = changes.next().await {
+                trace.note(format!("told of {} of {}", change.revision, change.key().escape_ascii()));
                 let listed = *listed.get_or_insert(change.revision);
                 told.lock().unwrap().take(&change, change.revision == listed);
             }

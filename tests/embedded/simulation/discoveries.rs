@@ -8,6 +8,7 @@ use etcd_recipes::service::{Change, Discovery, Instance, Services};
 use futures::StreamExt as _;
 use tokio::task::JoinHandle;
 
+use super::trace::Trace;
 use super::world::{CALM, Process, World};
 
 /// Those who want to know who is there.
@@ -28,10 +29,12 @@ struct Told {
 }
 
 impl Discoveries {
-    pub(super) fn begin(processes: &[Process]) -> Self {
+    pub(super) fn begin(processes: &[Process], trace: &Trace) -> Self {
         let open = |process: &Process| {
-            let services = Services::new(&process.session);
-            tokio::spawn(async move { Seen::begin(services.discover("service").open().await.unwrap()) })
+            let (services, trace) = (Services::new(&process.session), trace.clone());
+            tokio::spawn(
+                async move { Seen::begin(services.discover("service").open().await.unwrap(), trace) },
+            )
         };
         Self { opening: processes.iter().map(open).collect() }
     }
@@ -47,11 +50,12 @@ impl Discoveries {
 }
 
 impl Seen {
-    fn begin(discovery: Discovery) -> Self {
+    fn begin(discovery: Discovery, trace: Trace) -> Self {
         let told = Arc::new(Shared::new(Told::default()));
         let (mut changes, seen, following) = (discovery.changes(), told.clone(), discovery.clone());
         tokio::spawn(async move {
             while let Some(change) = changes.next().await {
+                trace.note(format!("told of {change:?}"));
                 seen.lock().unwrap().take(change, following.snapshot().revision);
             }
         });

@@ -8,11 +8,13 @@ use etcd_recipes::{Election, Mutex, Session};
 use fastrand::Rng;
 use tokio::task::JoinSet;
 
+use super::trace::Trace;
 use super::world::{CALM, Process};
 
 /// What must hold of one lock.
-#[derive(Default)]
 struct Oracle {
+    trace: Trace,
+    what: &'static str,
     /// Who holds it, as they see it themselves.
     holders: Vec<(i64, Arc<dyn Fn() -> bool + Send + Sync>)>,
     token: i64,
@@ -22,6 +24,7 @@ struct Oracle {
 
 impl Oracle {
     fn enter(&mut self, token: i64, is_held: Arc<dyn Fn() -> bool + Send + Sync>) {
+        self.trace.note(format!("{} taken with {token}", self.what));
         assert!(self.revokes || token > self.token, "token {token} after {}", self.token);
         for (other, held) in &self.holders {
             assert!(self.revokes || !held(), "{other} holds it as well as {token}");
@@ -31,6 +34,7 @@ impl Oracle {
     }
 
     fn leave(&mut self, token: i64) {
+        self.trace.note(format!("{} left with {token}", self.what));
         self.holders.retain(|(other, _)| *other != token);
     }
 }
@@ -42,9 +46,12 @@ pub(super) struct Locks {
 }
 
 impl Locks {
-    pub(super) fn begin(processes: &[Process], revokes: bool, random: &mut Rng) -> Self {
-        let oracle = || Arc::new(Shared::new(Oracle { revokes, ..Oracle::default() }));
-        let (oracle, leaders, mut tasks) = (oracle(), oracle(), JoinSet::new());
+    pub(super) fn begin(processes: &[Process], revokes: bool, random: &mut Rng, trace: &Trace) -> Self {
+        let oracle = |what| {
+            let trace = trace.clone();
+            Arc::new(Shared::new(Oracle { trace, what, holders: Vec::new(), token: 0, revokes }))
+        };
+        let (oracle, leaders, mut tasks) = (oracle("lock"), oracle("leadership"), JoinSet::new());
         for process in processes {
             for _ in 0..2 {
                 tasks.spawn(contend(process.session.clone(), oracle.clone(), random.fork()));

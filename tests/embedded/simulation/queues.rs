@@ -8,11 +8,12 @@ use etcd_recipes::{Error, Queue, SessionState};
 use fastrand::Rng;
 use tokio::task::JoinSet;
 
+use super::trace::Trace;
 use super::world::{CALM, Process};
 
 /// What became of the items, by their numbers.
-#[derive(Default)]
 struct Book {
+    trace: Trace,
     next: u64,
     /// Certainly enqueued.
     enqueued: BTreeSet<u64>,
@@ -22,6 +23,11 @@ struct Book {
 }
 
 impl Book {
+    fn new(trace: &Trace) -> Arc<Shared<Self>> {
+        let (enqueued, acked, perhaps) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        Arc::new(Shared::new(Self { trace: trace.clone(), next: 0, enqueued, acked, perhaps }))
+    }
+
     /// What was enqueued, and is not there any more.
     fn lost(&self) -> Vec<u64> {
         let done: BTreeSet<u64> = self.acked.union(&self.perhaps).copied().collect();
@@ -30,6 +36,7 @@ impl Book {
     }
 
     fn ack(&mut self, number: u64, result: Option<Result<(), Error>>) {
+        self.trace.note(format!("{number} is acked or given: {result:?}"));
         match result {
             Some(Ok(())) => {
                 assert!(!self.acked.contains(&number), "{number} is acked or given twice");
@@ -52,9 +59,8 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    pub(super) fn begin(processes: &[Process], random: &mut Rng) -> Self {
-        let book = || Arc::new(Shared::new(Book::default()));
-        let (claimed, taken, mut tasks) = (book(), book(), JoinSet::new());
+    pub(super) fn begin(processes: &[Process], random: &mut Rng, trace: &Trace) -> Self {
+        let (claimed, taken, mut tasks) = (Book::new(trace), Book::new(trace), JoinSet::new());
         for process in processes {
             let queue = |name| Queue::new(&process.session, name).unwrap();
             tasks.spawn(produce(queue("claimed"), claimed.clone(), random.fork()));

@@ -10,6 +10,7 @@ use fastrand::Rng;
 use tokio::task::JoinSet;
 
 use super::discoveries::Discoveries;
+use super::trace::Trace;
 use super::world::{CALM, Process, World};
 
 /// Instances that are registered.
@@ -19,12 +20,17 @@ pub(super) struct Registered {
 }
 
 impl Registered {
-    pub(super) fn begin(server: &Arc<Server>, processes: &[Process], random: &mut Rng) -> Self {
+    pub(super) fn begin(
+        server: &Arc<Server>,
+        processes: &[Process],
+        random: &mut Rng,
+        trace: &Trace,
+    ) -> Self {
         let mut tasks = JoinSet::new();
         for (number, process) in processes.iter().enumerate() {
             tasks.spawn(register(number, process.session.clone(), server.clone(), random.fork()));
         }
-        Self { tasks, discoveries: Discoveries::begin(processes) }
+        Self { tasks, discoveries: Discoveries::begin(processes, trace) }
     }
 
     /// Once there are no faults any more.

@@ -1,4 +1,4 @@
-//! Everything that goes over the links, and when: two runs of one seed must have the same.
+//! Everything that goes over the links and what the processes are told, and when: two runs of one seed must have the same.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -22,7 +22,7 @@ pub(super) struct Trace {
     print: bool,
 }
 
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub(super) struct Line {
     at: Duration,
     what: String,
