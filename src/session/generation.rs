@@ -75,12 +75,18 @@ impl Current {
 const OVER: u64 = 0;
 
 impl Generation {
-    pub(crate) fn new(number: u64, lease: NonZeroI64, deadline: Time, runtime: Arc<Runtime>) -> Self {
+    pub(crate) fn new(
+        number: u64,
+        lease: NonZeroI64,
+        deadline: Time,
+        slots: Slots,
+        runtime: Arc<Runtime>,
+    ) -> Self {
         let deadline = AtomicU64::new(deadline.0);
         Self {
             number,
             lease,
-            slots: Slots::default(),
+            slots,
             nonces: Arc::default(),
             deadline,
             ended: CancellationToken::new(),
@@ -161,7 +167,7 @@ mod tests {
     fn generation(deadline: impl Fn(Time) -> Time) -> (Generation, Time) {
         let runtime = Arc::new(Runtime::current());
         let now = runtime.now();
-        (Generation::new(1, NonZeroI64::MAX, deadline(now), runtime), now)
+        (Generation::new(1, NonZeroI64::MAX, deadline(now), Slots::new(0), runtime), now)
     }
 
     #[tokio::test]

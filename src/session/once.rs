@@ -191,7 +191,7 @@ where
     pub(super) async fn attempt(&self, slot: &mut Slot, unanswered: bool) -> Result<Option<Done>, Failure> {
         let step = self.step(slot);
         let txn = Txn::new()
-            .when([step.compare()])
+            .when(step.compares())
             .and_then([TxnOp::txn((self.body)(&Record(&step))), step.get()])
             .or_else([step.get(), step.put_aside()]);
         let response = self.core.rpc.txn(&self.key, txn).await?.0;
@@ -206,7 +206,11 @@ where
             });
             return Ok(Some(Done { revision, record, answer }));
         }
-        Ok((moved && unanswered).then_some(Done { revision: now, record, answer: None }))
+        // Only its lease takes a slot away.
+        if now == 0 {
+            self.generation.end();
+        }
+        Ok((moved && unanswered && now != 0).then_some(Done { revision: now, record, answer: None }))
     }
 
     /// Sees to it that no attempt made so far is applied from now on; what was applied before is settled and dropped.
@@ -224,7 +228,7 @@ where
         let mut backoff = Backoff::of_requests();
         loop {
             let step = self.step(slot);
-            let txn = Txn::new().when([step.compare()]).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
+            let txn = Txn::new().when(step.compares()).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
             let attempt = tokio::select! {
                 biased;
                 // The lease goes, and with it every late copy.

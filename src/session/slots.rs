@@ -10,19 +10,29 @@
 //! used again and again; their cost is one more put in a transaction that is sent anyway.
 //!
 //! A deletion compares the key's create revision, so copies of it are harmless by themselves.
+//!
+//! # A lease that comes back
+//!
+//! The request that granted the lease may have late copies, too. One that arrives after the lease was revoked brings its
+//! id back, with none of its keys. A step that compares with the revision of a key is refused from then on, but the first
+//! step of a slot compares with a key that was never there. So slot 0 is put right after the grant, and the first step of
+//! every other slot compares its create revision as well.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use etcd_client::{Compare, CompareOp, PutOptions, TxnOp};
+use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 
+use super::rpc::KeyFacts;
 use crate::name;
 
 /// The op slots of one generation: as many as operations were ever under way at once.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Slots {
     free: Mutex<Vec<Slot>>,
     made: AtomicU32,
+    /// The create revision of slot 0.
+    first: i64,
 }
 
 /// One op slot: the right to do one operation that must not be done twice.
@@ -31,12 +41,26 @@ pub(crate) struct Slot {
     index: u32,
     /// The slot's `mod_revision`, 0 while its key does not exist.
     pub(crate) revision: i64,
+    first: i64,
 }
 
 impl Slots {
+    /// Slot 0 was put at the revision `first`; 0 if it was not, because the session may not write.
+    pub(crate) fn new(first: i64) -> Self {
+        let free = if first == 0 { Vec::new() } else { vec![Slot { index: 0, revision: first, first }] };
+        Self { free: Mutex::new(free), made: AtomicU32::new(1), first }
+    }
+
+    /// A transaction that puts slot 0, or tells its create revision.
+    pub(crate) fn begin(namespace: &str, lease: i64) -> Txn {
+        let step = Slot { index: 0, revision: 0, first: 0 }.step(namespace, lease);
+        Txn::new().when(step.compares()).and_then([step.put("")]).or_else([step.get()])
+    }
+
     pub(crate) fn take(&self) -> Slot {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        free.unwrap_or_else(|| Slot { index: self.made.fetch_add(1, Ordering::Relaxed), revision: 0 })
+        let made = || self.made.fetch_add(1, Ordering::Relaxed);
+        free.unwrap_or_else(|| Slot { index: made(), revision: 0, first: self.first })
     }
 
     pub(crate) fn give_back(&self, slot: Slot) {
@@ -47,7 +71,9 @@ impl Slots {
 impl Slot {
     /// The parts of a transaction that takes the next step of this slot.
     pub(crate) fn step(&self, namespace: &str, lease: i64) -> Step {
-        Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision }
+        let first = (self.revision == 0).then(|| (name::slot(namespace, lease, 0), self.first));
+        let first = first.filter(|(_, created)| *created != 0);
+        Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision, first }
     }
 }
 
@@ -90,11 +116,18 @@ pub(crate) struct Step {
     key: Vec<u8>,
     lease: i64,
     seen: i64,
+    /// Of a slot's first step: slot 0 and its create revision.
+    first: Option<(Vec<u8>, i64)>,
 }
 
 impl Step {
-    pub(crate) fn compare(&self) -> Compare {
-        Compare::mod_revision(self.key.clone(), CompareOp::Equal, self.seen)
+    /// If they do not hold and the slot does not exist, the lease has ended, whether or not it came back.
+    pub(crate) fn compares(&self) -> Vec<Compare> {
+        let slot = Compare::mod_revision(self.key.clone(), CompareOp::Equal, self.seen);
+        let first = self.first.iter();
+        let first =
+            first.map(|(key, created)| Compare::create_revision(key.clone(), CompareOp::Equal, *created));
+        std::iter::once(slot).chain(first).collect()
     }
 
     /// Moves the slot; `record` is for whoever finds it moved.
@@ -111,6 +144,20 @@ impl Step {
 
     pub(crate) fn get(&self) -> TxnOp {
         TxnOp::get(self.key.clone(), None)
+    }
+
+    /// Reads slot 0, where [`compares`](Self::compares) looks at it.
+    pub(crate) fn get_first(&self) -> Option<TxnOp> {
+        self.first.as_ref().map(|(key, _)| TxnOp::get(key.clone(), None))
+    }
+
+    /// Whether the lease has ended, by the slot's revision now and the answer to [`get_first`](Self::get_first).
+    pub(crate) fn shows_end(&self, now: i64, first: Option<&KeyFacts>) -> bool {
+        let created = first.map_or(0, |first| first.create_revision);
+        match &self.first {
+            Some((_, known)) => created != *known,
+            None => now == 0 && self.seen != 0,
+        }
     }
 
     pub(crate) fn lease(&self) -> i64 {

@@ -158,6 +158,10 @@ impl Held {
         }
         let held = self.key.facts().is_held();
         self.leaving.store(true, Ordering::Relaxed);
+        if !self.follows {
+            // Or it might open a watch just now. That of the line must live until it is known whether it lingers.
+            self.monitor.abort();
+        }
         let refused = |error| {
             if let Some(answer) = answer.take() {
                 let _ = answer.send(Err(error));

@@ -72,6 +72,8 @@ enum Outcome {
     Not,
     /// The slot had moved, so nothing was done: try again.
     Stale,
+    /// The lease has ended, whether or not it came back.
+    Ended,
 }
 
 impl Task {
@@ -100,7 +102,7 @@ impl Task {
                     break Ok(None);
                 }
                 Ok(Outcome::Stale) => {}
-                Err(Failure::LeaseGone(_)) => {
+                Ok(Outcome::Ended) | Err(Failure::LeaseGone(_)) => {
                     self.generation.end();
                     break Err(self.lost());
                 }
@@ -130,11 +132,12 @@ impl Task {
         let step = self.step(slot);
         let options = PutOptions::new().with_lease(self.generation.lease.get());
         let put = TxnOp::put(key.clone(), value.clone(), Some(options));
-        let mut compares = vec![step.compare()];
+        let mut compares = step.compares();
         compares.extend(only_if.clone());
         let mut then = vec![put, step.put("")];
         then.extend(reads.iter().cloned());
-        let find = vec![TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
+        let mut find = vec![TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
+        find.extend(step.get_first());
         let response =
             self.core.rpc.txn(key, Txn::new().when(compares).and_then(then).or_else(find)).await?.0;
         let revision = revision(response.header.as_ref().map(Into::into));
@@ -143,11 +146,12 @@ impl Task {
             let reads = response.responses.into_iter().skip(2).collect();
             return Ok(Outcome::Created(self.created(revision, Some((reads, revision)))));
         }
-        let found = RangeAnswer::of(&response.responses, 0).and_then(|keys| keys.keys().next());
-        let moved = RangeAnswer::of(&response.responses, 1).and_then(|keys| keys.keys().next());
+        let answer = |op| RangeAnswer::of(&response.responses, op).and_then(|keys| keys.keys().next());
+        let (found, moved, first) = (answer(0), answer(1), answer(2));
         let (seen, now) = (slot.revision, moved.map_or(0, |slot| slot.mod_revision));
         slot.revision = now;
         Ok(match found {
+            _ if step.shows_end(now, first.as_ref()) => Outcome::Ended,
             Some(found) => Outcome::Created(self.created(found.create_revision, None)),
             None if seen == now => Outcome::Not,
             None => Outcome::Stale,
@@ -177,7 +181,7 @@ impl Task {
         loop {
             let (step, delete) = (self.step(&slot), TxnOp::delete(key.clone(), None));
             let give_up = Txn::new()
-                .when([step.compare()])
+                .when(step.compares())
                 .and_then([step.put(""), delete.clone()])
                 .or_else([step.get()]);
             let attempt = tokio::select! {
@@ -193,7 +197,11 @@ impl Task {
                     return self.nonce.into_iter().for_each(Nonce::give_back);
                 }
                 // Moved by an attempt, or by an earlier copy of this.
-                Ok(response) => slot.revision = moved_to(&response),
+                Ok(response) => match moved_to(&response) {
+                    // Only its lease takes a slot away.
+                    0 => return self.generation.end(),
+                    now => slot.revision = now,
+                },
                 Err(Failure::LeaseGone(_)) => return self.generation.end(),
                 // Without space the slot cannot move, but the key can go; late copies are refused as long.
                 Err(Failure::Refused(_)) => {

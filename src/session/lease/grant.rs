@@ -1,0 +1,253 @@
+//! How a generation begins and ends at etcd: its lease is granted, its first op slot is put, and it is revoked.
+
+use std::num::NonZeroI64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{Client, GetOptions, LeaseGrantOptions};
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt as _};
+use futures::{FutureExt as _, TryFutureExt as _};
+
+use super::{Keeper, local_deadline};
+use crate::error::{Error, Result};
+use crate::session::generation::Generation;
+use crate::session::keepalive::Beat;
+use crate::session::rpc::{Failure, RangeAnswer, Rpc, revision};
+use crate::session::runtime::{Backoff, Time};
+use crate::session::slots::Slots;
+
+/// What an effort to get a lease has come to so far.
+#[derive(Default)]
+struct Tried {
+    /// The last failure, for an error message.
+    error: Option<etcd_client::Error>,
+    /// A lease that was granted.
+    lease: Option<NonZeroI64>,
+}
+
+impl Keeper {
+    /// Grants the first lease within the connect timeout.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped call may leave a lease without keys, which expires after its TTL.
+    pub(crate) async fn first(&self) -> Result<Arc<Generation>> {
+        let (mut tried, limit) = (Tried::default(), self.options.connect_timeout);
+        let first = async {
+            self.admitted(&mut tried).await?;
+            self.grant(1, &mut tried).await
+        };
+        let granted = tokio::time::timeout(limit, first).await;
+        let granted = granted.unwrap_or_else(|_| Err(self.rpc().unreachable(limit, tried.error.take())));
+        if let (Err(_), Some(lease)) = (&granted, tried.lease) {
+            self.rpc().runtime.spawn(self.revoke(lease, true));
+        }
+        granted
+    }
+
+    /// Grants the lease that follows one that is lost.
+    pub(super) async fn replace(&self, lost: &Generation) -> Arc<Generation> {
+        // Before the first write of the next generation: keys of the old one may still be there.
+        self.revoke(lost.lease, false).await;
+        while !self.application_lives() {
+            tokio::time::sleep(self.patience()).await;
+        }
+        self.grant_until_done(lost.number + 1).await
+    }
+
+    /// Makes sure that the session may do what it has to do: etcd grants leases to everybody, and a session that may not
+    /// read would only find out when it cannot confirm its first keepalive.
+    async fn admitted(&self, tried: &mut Tried) -> Result<()> {
+        let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
+        loop {
+            let probe = self.rpc().probe.clone();
+            let call = move |client: &Client| -> BoxFuture<'static, _> {
+                let (mut client, options) = (client.kv_client(), GetOptions::new().with_count_only());
+                Box::pin(async move { client.get(probe, Some(options)).await })
+            };
+            match self.rpc().attempt(&self.rpc().probe, call).await {
+                Ok(_) => return Ok(()),
+                Err(Failure::Refused(error)) => return Err(error),
+                // A new login did not help: the client has no user.
+                Err(Failure::Login(source)) if logins == 3 => return Err(Error::AuthFailed { source }),
+                Err(Failure::Login(error)) => {
+                    logins += 1;
+                    tried.error = Some(error);
+                }
+                Err(Failure::Again(error) | Failure::LeaseGone(error)) => tried.error = Some(error),
+                Err(Failure::Unknown(error)) => tried.error = error,
+                Err(Failure::LeaseExists) => {}
+            }
+            backoff.wait(&self.rpc().runtime).await;
+        }
+    }
+
+    async fn grant_until_done(&self, number: u64) -> Arc<Generation> {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
+        loop {
+            match self.grant(number, &mut Tried::default()).await {
+                Ok(generation) => return generation,
+                // Credentials, permission or space: somebody has to act, so no hurry.
+                Err(error) => tracing::warn!(%error, "no new lease"),
+            }
+            backoff.wait(&self.rpc().runtime).await;
+        }
+    }
+
+    /// Grants a lease, sending again until etcd answers.
+    async fn grant(&self, number: u64, tried: &mut Tried) -> Result<Arc<Generation>> {
+        let ttl = i64::try_from(self.options.ttl.as_secs()).unwrap_or(i64::MAX);
+        let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(150));
+        let (mut lease, mut sent_before) = (self.random_lease(), false);
+        loop {
+            let id = lease.get();
+            let grant = || {
+                let sent = self.rpc().runtime.now();
+                let call = move |client: &Client| -> BoxFuture<'static, _> {
+                    let (mut client, options) = (client.lease_client(), LeaseGrantOptions::new().with_id(id));
+                    Box::pin(async move { client.grant(ttl, Some(options)).await })
+                };
+                self.rpc()
+                    .attempt(b"the session's lease", call)
+                    .map_ok(move |granted| (sent, granted))
+                    .boxed()
+            };
+            let (answer, several) = answer(self.rpc(), grant).await;
+            sent_before |= several;
+            match answer {
+                Ok((sent, granted)) => {
+                    let deadline =
+                        local_deadline(sent, Duration::from_secs(u64::try_from(granted.ttl()).unwrap_or(0)));
+                    if let Some(generation) = self.begin(number, lease, deadline, tried).await {
+                        return Ok(generation);
+                    }
+                    lease = self.random_lease();
+                }
+                // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives.
+                Err(Failure::LeaseExists) if sent_before => {
+                    let keepalives = &self.transport.keepalives;
+                    let stream = keepalives.stream();
+                    match keepalives.renew(&stream, lease).await {
+                        Beat::Confirmed(renewal) => {
+                            let deadline = local_deadline(renewal.sent, renewal.ttl);
+                            if let Some(generation) = self.begin(number, lease, deadline, tried).await {
+                                return Ok(generation);
+                            }
+                            lease = self.random_lease();
+                        }
+                        // Its time was over before it was known.
+                        Beat::Gone => {}
+                        Beat::Nothing => drop(keepalives.instead_of(&stream)),
+                    }
+                }
+                Err(Failure::LeaseExists) => lease = self.random_lease(),
+                Err(Failure::Refused(error)) => return Err(error),
+                Err(Failure::Unknown(error)) => {
+                    sent_before = true;
+                    tried.error = error;
+                }
+                Err(Failure::Again(error) | Failure::Login(error)) => tried.error = Some(error),
+                Err(Failure::LeaseGone(_)) => {}
+            }
+            backoff.wait(&self.rpc().runtime).await;
+        }
+    }
+
+    /// Begins a generation with a lease just granted: puts op slot 0. `None` if the lease is over before that.
+    async fn begin(
+        &self,
+        number: u64,
+        lease: NonZeroI64,
+        deadline: Time,
+        tried: &mut Tried,
+    ) -> Option<Arc<Generation>> {
+        let (runtime, namespace) = (&self.rpc().runtime, &self.options.namespace);
+        let mut backoff = Backoff::of_requests();
+        tried.lease = Some(lease);
+        let first = loop {
+            if runtime.now() >= deadline {
+                return None;
+            }
+            match self.rpc().txn(b"the session's lease", Slots::begin(namespace, lease.get())).await {
+                Ok(response) if response.succeeded() => break revision(response.header()),
+                Ok(response) => {
+                    let found = RangeAnswer::of(&response.0.responses, 0).and_then(|slot| slot.keys().next());
+                    break found?.create_revision;
+                }
+                Err(Failure::LeaseGone(_)) => return None,
+                // Then no lease is granted either.
+                Err(Failure::Refused(Error::NoSpace { .. })) => return None,
+                // It may still read, and whatever it writes is refused as well.
+                Err(Failure::Refused(_)) => break 0,
+                Err(Failure::Again(error) | Failure::Login(error)) => tried.error = Some(error),
+                Err(Failure::Unknown(error)) => tried.error = error,
+                Err(Failure::LeaseExists) => {}
+            }
+            backoff.wait(runtime).await;
+        };
+        Some(Arc::new(Generation::new(number, lease, deadline, Slots::new(first), runtime.clone())))
+    }
+
+    fn random_lease(&self) -> NonZeroI64 {
+        let bits = self.rpc().runtime.random() >> 1;
+        i64::try_from(bits).ok().and_then(NonZeroI64::new).unwrap_or(NonZeroI64::MIN.saturating_abs())
+    }
+
+    /// Revokes a lease until etcd says that it is gone; when `closing`, for no longer than it would live.
+    pub(super) fn revoke(&self, lease: NonZeroI64, closing: bool) -> impl Future<Output = ()> + Send + use<> {
+        let (transport, limit, id) = (self.transport.clone(), self.options.ttl, lease.get());
+        let revoke = async move {
+            let rpc = &transport.keepalives.rpc;
+            let mut backoff = Backoff::of_requests();
+            loop {
+                let revoke = || {
+                    let call = move |client: &Client| -> BoxFuture<'static, _> {
+                        let mut client = client.lease_client();
+                        Box::pin(async move { client.revoke(id).await })
+                    };
+                    rpc.attempt(b"the session's lease", call).boxed()
+                };
+                match answer(rpc, revoke).await.0 {
+                    Ok(_) | Err(Failure::LeaseGone(_)) => return,
+                    Err(Failure::Refused(error)) => {
+                        tracing::warn!(%error, "the lease cannot be revoked; it will expire");
+                        return;
+                    }
+                    Err(_) => backoff.wait(&rpc.runtime).await,
+                }
+            }
+        };
+        async move {
+            if closing {
+                let _ = tokio::time::timeout(limit, revoke).await;
+            } else {
+                revoke.await;
+            }
+        }
+    }
+}
+
+/// Makes an attempt, and more through the other members while none is answered: one that stands still would hold
+/// the next generation up for as long as an attempt may take. Tells whether there were several.
+async fn answer<'a, T>(
+    rpc: &Rpc,
+    attempt: impl Fn() -> BoxFuture<'a, Result<T, Failure>>,
+) -> (Result<T, Failure>, bool) {
+    const PAUSE: Duration = Duration::from_millis(150);
+    const MOST: usize = 8;
+    let mut attempts = FuturesUnordered::new();
+    attempts.push(attempt());
+    let mut several = false;
+    loop {
+        tokio::select! {
+            biased;
+            Some(answer) = attempts.next() => return (answer, several),
+            () = tokio::time::sleep(PAUSE), if attempts.len() < MOST => {
+                rpc.endpoints.avoid(rpc.endpoints.current());
+                several = true;
+                attempts.push(attempt());
+            }
+        }
+    }
+}
