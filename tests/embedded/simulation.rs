@@ -32,13 +32,13 @@ fn run(seed: u64) -> Vec<Line> {
         // Not everything at once, so that what one does is not always lost among the others.
         let mut some = || random.bool();
         let (locks, queues, registered, configs) = (some(), some(), some(), some());
-        let locks = locks.then(|| Locks::begin(processes, *revokes, random, &trace));
+        let mut locks = locks.then(|| Locks::begin(processes, *revokes, random, &trace));
         let queues = queues.then(|| Queues::begin(processes, random, &trace));
         let registered = registered.then(|| Registered::begin(server, processes, random, &trace));
-        let configs = configs.then(|| Configs::begin(processes, random, &trace));
+        let mut configs = configs.then(|| Configs::begin(processes, random, &trace));
         tokio::time::sleep(world::STORM).await;
         world.calm().await;
-        if let Some(locks) = locks {
+        if let Some(locks) = &mut locks {
             locks.end(&world.processes).await;
         }
         if let Some(queues) = queues {
@@ -47,10 +47,22 @@ fn run(seed: u64) -> Vec<Line> {
         if let Some(registered) = registered {
             registered.end(&world).await;
         }
-        if let Some(configs) = configs {
+        if let Some(configs) = &mut configs {
             configs.end(&world).await;
         }
         world.end().await;
+        // Also what arrived last has done nothing that it must not.
+        let history = world.history.lock().unwrap();
+        if let Some(locks) = &locks {
+            locks.check_writes(&history);
+        }
+        if let Some(configs) = &configs {
+            configs.check_writes(&history);
+        }
+        for queue in ["claimed/", "taken/"] {
+            let left = world.server.keys(queue);
+            assert!(left.is_empty(), "enqueued again: {left:?}");
+        }
         trace.lines()
     })
 }

@@ -92,7 +92,7 @@ impl Configs {
     }
 
     /// Waits for those who publish, and for the caches to catch up.
-    pub(super) async fn end(mut self, world: &World) {
+    pub(super) async fn end(&mut self, world: &World) {
         let all = async {
             while let Some(done) = self.tasks.join_next().await {
                 done.unwrap();
@@ -107,14 +107,13 @@ impl Configs {
             tokio::time::timeout(CALM, followed.caught_up(world)).await.expect("a cache does not catch up");
         }
         let history = world.history.lock().unwrap();
-        self.check_writes(&history);
         for followed in &self.followed {
             followed.check(&history, world.compacts);
         }
     }
 
     /// Everything was written once at most, over what it was to replace, and as was answered.
-    fn check_writes(&self, history: &History) {
+    pub(super) fn check_writes(&self, history: &History) {
         let book = self.book.lock().unwrap();
         let (mut now, mut written) = (BTreeMap::new(), BTreeMap::new());
         for (revision, key, value) in of_configs(history) {

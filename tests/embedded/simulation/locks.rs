@@ -1,5 +1,6 @@
 //! Locks and elections: one at a time, tokens that grow, writes of old holders refused, everybody served in the end.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex as Shared};
 use std::time::Duration;
 
@@ -9,7 +10,10 @@ use fastrand::Rng;
 use tokio::task::JoinSet;
 
 use super::trace::Trace;
-use super::world::{CALM, Process};
+use super::world::{CALM, History, Process};
+
+/// What holders of the lock write, with their tokens.
+const WRITTEN: &str = "written";
 
 /// What must hold of one lock.
 struct Oracle {
@@ -17,7 +21,8 @@ struct Oracle {
     what: &'static str,
     /// Who holds it, as they see it themselves.
     holders: Vec<(i64, Arc<dyn Fn() -> bool + Send + Sync>)>,
-    token: i64,
+    /// All that were ever told.
+    tokens: BTreeSet<i64>,
     /// Whether a holder can be overtaken before it hears of it.
     revokes: bool,
 }
@@ -25,17 +30,32 @@ struct Oracle {
 impl Oracle {
     fn enter(&mut self, token: i64, is_held: Arc<dyn Fn() -> bool + Send + Sync>) {
         self.trace.note(format!("{} taken with {token}", self.what));
-        assert!(self.revokes || token > self.token, "token {token} after {}", self.token);
+        let last = self.tokens.last().copied().unwrap_or(0);
+        assert!(self.tokens.insert(token), "token {token} for the second time");
+        // A token grows with its turn, not with when its holder is told: one whose lease was revoked at its turn may hear of
+        // it after the next has heard of its own. It is late, and its writes are refused.
+        assert!(self.revokes || token > last, "token {token} after {last}");
         for (other, held) in &self.holders {
             assert!(self.revokes || !held(), "{other} holds it as well as {token}");
         }
-        self.token = token;
         self.holders.push((token, is_held));
     }
 
     fn leave(&mut self, token: i64) {
         self.trace.note(format!("{} left with {token}", self.what));
         self.holders.retain(|(other, _)| *other != token);
+    }
+
+    /// Who wrote under the lock held it then. A token is a revision at which its holder was first in line, so nobody else's
+    /// can lie between a holder's own and a write of its own.
+    fn check_writes(&self, history: &History) {
+        for (revision, _, value) in history.iter().filter(|(_, key, _)| key == WRITTEN.as_bytes()) {
+            let value = value.as_deref().expect("nobody deletes it");
+            let token: i64 = std::str::from_utf8(value).unwrap().parse().unwrap();
+            assert!(self.tokens.contains(&token), "{token} was never told");
+            let later = self.tokens.range(token + 1..=*revision).next();
+            assert_eq!(later, None, "overtaken, {token} still wrote at {revision}");
+        }
     }
 }
 
@@ -49,7 +69,13 @@ impl Locks {
     pub(super) fn begin(processes: &[Process], revokes: bool, random: &mut Rng, trace: &Trace) -> Self {
         let oracle = |what| {
             let trace = trace.clone();
-            Arc::new(Shared::new(Oracle { trace, what, holders: Vec::new(), token: 0, revokes }))
+            Arc::new(Shared::new(Oracle {
+                trace,
+                what,
+                holders: Vec::new(),
+                tokens: BTreeSet::new(),
+                revokes,
+            }))
         };
         let (oracle, leaders, mut tasks) = (oracle("lock"), oracle("leadership"), JoinSet::new());
         for process in processes {
@@ -62,7 +88,7 @@ impl Locks {
     }
 
     /// Waits for them; then everybody gets the lock once more.
-    pub(super) async fn end(mut self, processes: &[Process]) {
+    pub(super) async fn end(&mut self, processes: &[Process]) {
         let all = async {
             while let Some(done) = self.tasks.join_next().await {
                 done.unwrap();
@@ -75,6 +101,11 @@ impl Locks {
             self.oracle.lock().unwrap().enter(guard.token(), Arc::new(|| false));
             guard.unlock().await.unwrap();
         }
+    }
+
+    /// Only what is committed while the lock is held is written.
+    pub(super) fn check_writes(&self, history: &History) {
+        self.oracle.lock().unwrap().check_writes(history);
     }
 }
 
@@ -90,14 +121,8 @@ async fn contend(session: Session, oracle: Arc<Shared<Oracle>>, mut random: Rng)
         let seen = guard.clone();
         oracle.lock().unwrap().enter(token, Arc::new(move || seen.is_held()));
         if random.bool() {
-            let write = Txn::new().and_then([TxnOp::put("written", token.to_string(), None)]);
-            let written = tokio::time::timeout(Duration::from_secs(20), guard.txn(write)).await;
-            if let Ok(Ok(_)) = written {
-                let last = oracle.lock().unwrap().token;
-                // Only what is committed while the lock is held is written: nobody can have had it since, or this
-                // would have been refused.
-                assert!(last >= token);
-            }
+            let write = Txn::new().and_then([TxnOp::put(WRITTEN, token.to_string(), None)]);
+            let _ = tokio::time::timeout(Duration::from_secs(20), guard.txn(write)).await;
         }
         tokio::time::sleep(Duration::from_millis(random.u64(..1_000))).await;
         oracle.lock().unwrap().leave(token);

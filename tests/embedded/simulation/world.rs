@@ -69,7 +69,7 @@ impl World {
     }
 
     /// Closes everything; nothing may be left, also not when the last late request has arrived.
-    pub(super) async fn end(mut self) {
+    pub(super) async fn end(&mut self) {
         self.calm().await;
         for process in &self.processes {
             tokio::time::timeout(CALM, process.session.close())
