@@ -15,6 +15,7 @@ mod lines;
 mod malformed;
 mod queues;
 mod registrations;
+mod revived;
 mod server;
 mod simulation;
 mod unanswered;
