@@ -195,7 +195,8 @@ impl Line {
             only_if: Some(nobody),
             reads: Vec::new(),
         };
-        let Some(Created { key, .. }) = creation.run(core, &generation).await? else { return Ok(None) };
+        let created = Box::pin(creation.run(core, &generation)).await?;
+        let Some(Created { key, .. }) = created else { return Ok(None) };
         // Nobody was there when it was created, so that revision is the token, whoever told it.
         let token = key.facts().create_revision;
         let membership = Membership::join(self.clone(), Position::of(key.facts()));

@@ -15,7 +15,7 @@ use super::generation::Generation;
 use super::rpc::{Failure, revision};
 use super::runtime::Backoff;
 use super::slots::Nonce;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::name;
 
 /// A key that this session created and that lives on its lease. Deleted in the background when dropped.
@@ -41,7 +41,7 @@ pub(crate) struct Owned {
 
 /// What came of a deletion.
 pub(crate) enum Deleted {
-    /// By this request: the answers to its reads, and its revision.
+    /// By this request: the answers to what came after it, and its revision.
     Now(Vec<PbResponseOp>, i64),
     /// By an earlier copy of this request, or with its lease.
     Before,
@@ -76,22 +76,23 @@ impl OwnedKey {
         &self.facts
     }
 
-    /// Deletes the key, with `reads` in the same transaction after it. Ends when etcd has deleted it, or the lease is
+    /// Deletes the key, with `then` in the same transaction after it. Ends when etcd has deleted it, or the lease is
     /// over.
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the deletion goes on in the background.
-    pub(crate) async fn delete(self, reads: Vec<TxnOp>) -> Deleted {
-        self.delete_or_tell(reads, drop).await
-    }
-
-    /// The same; `refused` hears why, whenever etcd will not.
-    pub(crate) async fn delete_or_tell(mut self, reads: Vec<TxnOp>, refused: impl FnMut(Error)) -> Deleted {
-        let facts = self.facts.clone();
-        let deleted = facts.delete(reads, refused).await;
+    /// When dropped, the deletion goes on in the background, without `then`.
+    pub(crate) async fn delete(mut self, then: Vec<TxnOp>) -> Deleted {
+        let deleted = self.facts.delete_for_sure(&then).await;
         self.released = true;
         deleted
+    }
+
+    /// The same, or tells at once what etcd refuses. Then, too, the deletion goes on in the background.
+    pub(crate) async fn delete_or_tell(mut self, then: Vec<TxnOp>) -> Result<Deleted> {
+        let deleted = self.facts.delete(&then, &mut false).await?;
+        self.released = true;
+        Ok(deleted)
     }
 }
 
@@ -100,7 +101,7 @@ impl Drop for OwnedKey {
         if !self.released {
             let facts = self.facts.clone();
             self.facts.core.runtime.spawn(async move {
-                facts.delete(Vec::new(), drop).await;
+                facts.delete_for_sure(&[]).await;
             });
         }
     }
@@ -138,46 +139,57 @@ impl Owned {
         Compare::create_revision(self.key.clone(), CompareOp::Equal, self.create_revision)
     }
 
-    async fn delete(&self, reads: Vec<TxnOp>, refused: impl FnMut(Error)) -> Deleted {
-        let deleted = self.delete_for_sure(reads, refused).await;
+    /// Deletes the key, however often etcd refuses.
+    async fn delete_for_sure(&self, then: &[TxnOp]) -> Deleted {
+        let mut unanswered = false;
+        let mut backoff = Backoff::of_requests();
+        loop {
+            match self.delete(then, &mut unanswered).await {
+                Ok(deleted) => return deleted,
+                Err(error) => {
+                    tracing::warn!(key = %name::display(&self.key), %error, "cannot delete; trying again");
+                    backoff.wait(&self.core.runtime).await;
+                }
+            }
+        }
+    }
+
+    /// `unanswered`: whether an attempt had no answer.
+    async fn delete(&self, then: &[TxnOp], unanswered: &mut bool) -> Result<Deleted> {
+        let deleted = self.request_deletion(then, unanswered).await?;
         let nonce = self.nonce.lock().unwrap_or_else(PoisonError::into_inner).take();
         nonce.into_iter().for_each(Nonce::give_back);
         // Whoever waits for the end of the hold need not wait for that of the lease.
         self.set_gone();
-        deleted
+        Ok(deleted)
     }
 
-    async fn delete_for_sure(&self, reads: Vec<TxnOp>, mut refused: impl FnMut(Error)) -> Deleted {
+    async fn request_deletion(&self, then: &[TxnOp], unanswered: &mut bool) -> Result<Deleted> {
         if !self.generation.is_alive() {
-            return Deleted::Lost;
+            return Ok(Deleted::Lost);
         }
-        let mut unanswered = false;
         let mut backoff = Backoff::of_requests();
         loop {
-            let mut then = vec![TxnOp::delete(self.key.clone(), None)];
-            then.extend(reads.iter().cloned());
-            let txn = Txn::new().when([self.compare()]).and_then(then);
+            let delete = TxnOp::delete(self.key.clone(), None);
+            let ops: Vec<_> = std::iter::once(delete).chain(then.iter().cloned()).collect();
+            let txn = Txn::new().when([self.compare()]).and_then(ops);
             let attempt = tokio::select! {
                 biased;
                 attempt = self.core.rpc.txn(&self.key, txn) => attempt,
-                () = self.generation.ended() => return Deleted::Before,
+                () = self.generation.ended() => return Ok(Deleted::Before),
             };
             match attempt {
                 Ok(response) => {
                     let response = response.0;
                     if response.succeeded {
                         let revision = revision(response.header.as_ref().map(Into::into));
-                        return Deleted::Now(response.responses.into_iter().skip(1).collect(), revision);
+                        return Ok(Deleted::Now(response.responses.into_iter().skip(1).collect(), revision));
                     }
-                    return if unanswered { Deleted::Before } else { Deleted::Lost };
+                    return Ok(if *unanswered { Deleted::Before } else { Deleted::Lost });
                 }
-                Err(Failure::Refused(error)) => {
-                    tracing::warn!(key = %name::display(&self.key), %error, "cannot delete; trying again");
-                    refused(error);
-                    backoff.wait(&self.core.runtime).await;
-                }
+                Err(Failure::Refused(error)) => return Err(error),
                 Err(failure) => {
-                    unanswered |= failure.is_unanswered();
+                    *unanswered |= failure.is_unanswered();
                     backoff.wait(&self.core.runtime).await;
                 }
             }

@@ -65,11 +65,15 @@ async fn one_is_not_superseded_by_itself() {
     };
     // It is told nothing, neither by its watch nor by answers.
     link.inject("Watch", Fault::Refuse, ALL);
+    // Only that the next generation has begun.
+    let begins = link.inject("Txn", Fault::Hold, 1);
     link.inject("Txn", Fault::LoseAnswer, ALL);
     link.cut();
     link.restore();
     let first = session.lease_id().unwrap();
     server.expire(first);
+    begins.hit(1).await;
+    begins.release();
     let lease = || server.keys(registration.key()).first().map(|key| key.lease);
     wait_for("it is put again", &|| lease().is_some_and(|lease| lease != first)).await;
     server.expire(lease().unwrap());

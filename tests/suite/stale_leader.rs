@@ -4,13 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_recipes::{Mutex, MutexGuard, Session, SessionState};
+use etcd_recipes::{Mutex, MutexGuard, Session};
 use futures::future::join_all;
 
 use crate::support::check::{Scope, scoped_on};
 use crate::support::cluster::Cluster;
 use crate::support::full;
-use crate::support::holds::{Belief, Deletions, States, reaches};
+use crate::support::holds::{Belief, Deletions, States, returns};
 use crate::support::measure::Samples;
 use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
@@ -75,7 +75,7 @@ impl Hold {
 
     async fn recover(self, scope: &Scope) {
         self.cut_off_from(0..3, Mode::Pass).await;
-        reaches(&self.session, SessionState::Connected { generation: 2 }).await;
+        returns(&self.session).await;
         scope.owns_lease(self.session.lease_id().unwrap());
         self.states.suspended_before_lost();
         drop(self.belief);

@@ -233,3 +233,14 @@ pub(crate) async fn reaches(session: &Session, state: SessionState) {
     let last = *session.watch_state().borrow();
     reached.unwrap_or_else(|_| panic!("{last:?}, never {state:?}")).expect("the session's task is gone");
 }
+
+/// Waits until a session that lost its first lease has another.
+pub(crate) async fn returns(session: &Session) {
+    let mut states = session.watch_state();
+    let later = |now: &SessionState| matches!(now, SessionState::Connected { generation: 2.. });
+    let returned = tokio::time::timeout(PATIENCE, states.wait_for(later)).await;
+    let last = *session.watch_state().borrow();
+    returned
+        .unwrap_or_else(|_| panic!("{last:?}, never connected again"))
+        .expect("the session's task is gone");
+}

@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Compare, GetOptions, KeyValue, Txn, TxnOp, TxnResponse};
-use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::{FRONT, Line, Membership, Position};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::session::owned_key::{Deleted, Owned, OwnedKey};
 use crate::session::rpc::RangeAnswer;
 use crate::session::watch::{Event, News, Range, Subscription};
@@ -32,11 +31,20 @@ pub(crate) struct Place {
 struct Held {
     key: OwnedKey,
     membership: Membership,
-    monitor: AbortHandle,
+    monitor: Monitoring,
     /// Tells the monitor that the deletion to come is our own.
     leaving: Arc<AtomicBool>,
     /// The line is being followed: it is contended.
     follows: bool,
+}
+
+/// The task that watches the key; ends when dropped.
+struct Monitoring(AbortHandle);
+
+impl Drop for Monitoring {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Place {
@@ -57,7 +65,7 @@ impl Place {
             line: membership.line.clone(),
             leaving: leaving.clone(),
         };
-        let monitor = core.runtime.spawn_abortable(monitor.run(watch));
+        let monitor = Monitoring(core.runtime.spawn_abortable(monitor.run(watch)));
         let held = Some(Held { key, membership, monitor, leaving, follows });
         let place = Self { session, token, facts, held };
         // The wait may have outlasted the lease.
@@ -107,7 +115,6 @@ impl Place {
     /// Gives up the guard and keeps the key.
     pub(crate) fn detach(mut self) -> Arc<Owned> {
         if let Some(held) = self.held.take() {
-            held.monitor.abort();
             held.key.keep();
         }
         self.facts.clone()
@@ -120,68 +127,58 @@ impl Place {
     /// When dropped, leaving goes on in the background.
     pub(crate) async fn leave(mut self) -> Result<()> {
         let Some(held) = self.held.take() else { return Err(self.facts.error()) };
-        let (answer, answered) = oneshot::channel();
-        let core = self.session.core();
-        core.runtime.spawn(held.leave(core.clone(), Some(answer)));
-        match answered.await {
-            Ok(Ok(true)) => Ok(()),
-            Ok(Ok(false)) => Err(self.facts.error()),
-            Ok(Err(refused)) => Err(refused),
-            Err(_) => Err(Error::Closed),
-        }
+        if held.leave(self.session.core()).await? { Ok(()) } else { Err(self.facts.error()) }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         if let Some(held) = self.held.take() {
-            let core = self.session.core();
-            core.runtime.spawn(held.leave(core.clone(), None));
+            let core = self.session.core().clone();
+            self.session.core().runtime.spawn(async move {
+                // What is refused is tried further.
+                let _ = held.leave(&core).await;
+            });
         }
     }
 }
 
 impl Held {
     /// Deletes the key and hands over to the next contender of this session. Tells whether the place was held until
-    /// then, or at once when etcd refuses.
-    async fn leave(self, core: Arc<Core>, mut answer: Option<oneshot::Sender<Result<bool>>>) {
-        let line = &self.membership.line;
-        let next = line.behind(&self.membership.position);
+    /// then.
+    ///
+    /// # Cancel safety
+    ///
+    /// When dropped, the key is deleted in the background, and the next contender looks for itself.
+    async fn leave(self, core: &Core) -> Result<bool> {
+        let Self { key, membership, monitor, leaving, follows } = self;
+        let line = &membership.line;
+        let next = line.behind(&membership.position);
         let mut reads = Vec::new();
         if let Some(next) = &next {
             reads.push(line.standing_op(Some(next.created)));
         }
-        if self.follows {
+        if follows {
             // How long the line is decides whether it is worth following further.
             let count = GetOptions::new().with_range(line.prefix.end()).with_count_only();
             reads.push(TxnOp::get(line.prefix.as_bytes(), Some(count)));
         }
-        let held = self.key.facts().is_held();
-        self.leaving.store(true, Ordering::Relaxed);
-        if !self.follows {
-            // Or it might open a watch just now. That of the line must live until it is known whether it lingers.
-            self.monitor.abort();
-        }
-        let refused = |error| {
-            if let Some(answer) = answer.take() {
-                let _ = answer.send(Err(error));
-            }
-        };
-        let deleted = self.key.delete_or_tell(reads, refused).await;
+        let held = key.facts().is_held();
+        leaving.store(true, Ordering::Relaxed);
+        // Or it might open a watch just now. That of the line must live until it is known whether it lingers.
+        let _monitor = follows.then_some(monitor);
+        let deleted = key.delete_or_tell(reads).await?;
         let mut standing = None;
         if let Deleted::Now(responses, revision) = &deleted {
             standing =
                 next.and_then(|next| Some((next.clone(), line.standing(responses, 0, &next, *revision)?)));
             let count = responses.len().checked_sub(1).and_then(|op| RangeAnswer::of(responses, op));
-            if self.follows && count.is_some_and(|count| count.count() <= FRONT) {
+            if follows && count.is_some_and(|count| count.count() <= FRONT) {
                 core.deletions.linger(&line.range);
             }
         }
-        line.leave(&self.membership.position, standing);
-        self.monitor.abort();
-        if let Some(answer) = answer {
-            let _ = answer.send(Ok(held && !matches!(deleted, Deleted::Lost)));
-        }
+        line.leave(&membership.position, standing);
+        Ok(held && !matches!(deleted, Deleted::Lost))
     }
 }
 
@@ -209,13 +206,19 @@ impl Monitor {
     /// Waits until the key is deleted; false if that cannot be known.
     async fn deletion(&self, watch: Option<Subscription>) -> bool {
         let facts = &self.facts;
-        let mut watch = match watch {
+        let watch = match watch {
             Some(watch) => watch,
             None => {
                 tokio::time::sleep(UNWATCHED).await;
                 self.core.deletions.watch_from(&Range::key(&facts.key), facts.create_revision)
             }
         };
+        // Boxed, because most holds end before it begins.
+        Box::pin(self.told(watch)).await
+    }
+
+    async fn told(&self, mut watch: Subscription) -> bool {
+        let facts = &self.facts;
         let deleted = |event: &Event| event.key() == facts.key && event.revision > facts.create_revision;
         loop {
             match watch.next().await {

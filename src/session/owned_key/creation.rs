@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex};
 
 use etcd_client::proto::PbResponseOp;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnResponse};
-use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::{Owned, OwnedKey};
@@ -43,20 +42,21 @@ impl Creation {
     ///
     /// When dropped, the key will not exist: it is not created, or deleted again, by the session.
     pub(crate) async fn run(self, core: &Arc<Core>, generation: &Arc<Generation>) -> Result<Option<Created>> {
-        let (answer, answered) = oneshot::channel();
         let Self { key, nonce, value, only_if, reads } = self;
-        let (core_of_task, generation) = (core.clone(), generation.clone());
-        let task = Task { core: core_of_task, generation, key, nonce: Some(nonce), value, only_if, reads };
-        core.runtime.spawn(task.run(answer));
-        // The task ends without an answer only when its runtime does.
-        answered.await.unwrap_or(Err(Error::Closed))
+        let (core, generation) = (core.clone(), generation.clone());
+        let (slot, nonce) = (generation.slots.take(), Some(nonce));
+        Pending(Some(Task { core, generation, slot, key, nonce, value, only_if, reads })).run().await
     }
 }
 
-/// A creation under way. It runs in the session, since a request in flight must be followed to its end.
+/// A creation of which it is open whether some attempt leaves a key. Given up in the background when dropped.
+struct Pending(Option<Task>);
+
+/// A creation under way.
 struct Task {
     core: Arc<Core>,
     generation: Arc<Generation>,
+    slot: Slot,
     key: Vec<u8>,
     /// Goes to the created key.
     nonce: Option<Nonce>,
@@ -76,60 +76,84 @@ enum Outcome {
     Ended,
 }
 
-impl Task {
-    async fn run(mut self, mut answer: oneshot::Sender<Result<Option<Created>>>) {
-        let generation = self.generation.clone();
-        let mut slot = generation.slots.take();
+impl Pending {
+    async fn run(mut self) -> Result<Option<Created>> {
         let mut unanswered = false;
         let mut backoff = Backoff::of_requests();
-        let result = loop {
+        while let Some(task) = &mut self.0 {
+            let generation = task.generation.clone();
             let attempt = tokio::select! {
                 biased;
-                () = answer.closed() => return self.give_up(slot).await,
-                () = generation.ended() => break Err(self.lost()),
-                attempt = self.attempt(&mut slot) => attempt,
+                () = generation.ended() => return Err(self.end()),
+                attempt = task.attempt() => attempt,
             };
             match attempt {
-                Ok(Outcome::Created(created)) => break Ok(Some(created)),
+                Ok(Outcome::Created(created)) => {
+                    self.settle();
+                    return Ok(Some(created));
+                }
                 // An attempt may still be under way, and would succeed once nothing speaks against it any more.
                 Ok(Outcome::Not) if unanswered => {
-                    self.give_up(slot).await;
-                    let _ = answer.send(Ok(None));
-                    return;
+                    let Some(task) = self.0.take() else { break };
+                    let core = task.core.clone();
+                    return core
+                        .to_the_end(async move {
+                            task.give_up().await;
+                            Ok(None)
+                        })
+                        .await;
                 }
                 Ok(Outcome::Not) => {
-                    self.nonce.take().into_iter().for_each(Nonce::give_back);
-                    break Ok(None);
+                    task.nonce.take().into_iter().for_each(Nonce::give_back);
+                    self.settle();
+                    return Ok(None);
                 }
                 Ok(Outcome::Stale) => {}
                 Ok(Outcome::Ended) | Err(Failure::LeaseGone(_)) => {
-                    self.generation.end();
-                    break Err(self.lost());
+                    generation.end();
+                    return Err(self.end());
                 }
-                Err(Failure::Refused(error)) if unanswered => {
-                    let _ = answer.send(Err(error));
-                    return self.give_up(slot).await;
+                Err(Failure::Refused(error)) => {
+                    if !unanswered {
+                        self.settle();
+                    }
+                    return Err(error);
                 }
-                Err(Failure::Refused(error)) => break Err(error),
                 Err(failure) => {
                     unanswered |= failure.is_unanswered();
-                    tokio::select! {
-                        biased;
-                        () = answer.closed() => return self.give_up(slot).await,
-                        () = backoff.wait(&self.core.runtime) => {}
-                    }
+                    backoff.wait(&task.core.runtime).await;
                 }
             }
-        };
-        self.generation.slots.give_back(slot);
-        // If the caller is gone, the key comes back and is dropped here, and so deleted.
-        let _ = answer.send(result);
+        }
+        Err(Error::Closed)
     }
 
-    /// One attempt. Leaves the slot as etcd has it, when that is known.
-    async fn attempt(&mut self, slot: &mut Slot) -> Result<Outcome, Failure> {
+    /// No attempt will leave a key, or the one there is has its owner.
+    fn settle(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.generation.slots.give_back(task.slot);
+        }
+    }
+
+    /// The lease has ended, and takes along whatever an attempt leaves.
+    fn end(&mut self) -> Error {
+        self.0.take().map_or(Error::Closed, |task| Error::Lost { key: name::display(&task.key) })
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.core.runtime.clone().spawn(task.give_up());
+        }
+    }
+}
+
+impl Task {
+    /// One attempt.
+    async fn attempt(&mut self) -> Result<Outcome, Failure> {
         let Self { key, value, only_if, reads, .. } = &*self;
-        let step = self.step(slot);
+        let step = self.step();
         let options = PutOptions::new().with_lease(self.generation.lease.get());
         let put = TxnOp::put(key.clone(), value.clone(), Some(options));
         let mut compares = step.compares();
@@ -142,14 +166,14 @@ impl Task {
             self.core.rpc.txn(key, Txn::new().when(compares).and_then(then).or_else(find)).await?.0;
         let revision = revision(response.header.as_ref().map(Into::into));
         if response.succeeded {
-            slot.revision = revision;
+            self.slot.revision = revision;
             let reads = response.responses.into_iter().skip(2).collect();
             return Ok(Outcome::Created(self.created(revision, Some((reads, revision)))));
         }
         let answer = |op| RangeAnswer::of(&response.responses, op).and_then(|keys| keys.keys().next());
         let (found, moved, first) = (answer(0), answer(1), answer(2));
-        let (seen, now) = (slot.revision, moved.map_or(0, |slot| slot.mod_revision));
-        slot.revision = now;
+        let now = moved.map_or(0, |slot| slot.mod_revision);
+        let seen = std::mem::replace(&mut self.slot.revision, now);
         Ok(match found {
             _ if step.shows_end(now, first.as_ref()) => Outcome::Ended,
             Some(found) => Outcome::Created(self.created(found.create_revision, None)),
@@ -175,11 +199,11 @@ impl Task {
     ///
     /// Copies of these transactions may be late too, when slot and key name serve another operation. So they compare
     /// what they change.
-    async fn give_up(self, mut slot: Slot) {
-        let key = &self.key;
+    async fn give_up(mut self) {
         let mut backoff = Backoff::of_requests();
         loop {
-            let (step, delete) = (self.step(&slot), TxnOp::delete(key.clone(), None));
+            let (step, key) = (self.step(), self.key.clone());
+            let delete = TxnOp::delete(key.clone(), None);
             let give_up = Txn::new()
                 .when(step.compares())
                 .and_then([step.put(""), delete.clone()])
@@ -188,27 +212,27 @@ impl Task {
                 biased;
                 // The lease goes, and the key and every late copy with it.
                 () = self.generation.ended() => return,
-                attempt = self.core.rpc.txn(key, give_up) => attempt,
+                attempt = self.core.rpc.txn(&key, give_up) => attempt,
             };
             match attempt {
                 Ok(response) if response.succeeded() => {
-                    slot.revision = revision(response.header());
-                    self.generation.slots.give_back(slot);
+                    self.slot.revision = revision(response.header());
+                    self.generation.slots.give_back(self.slot);
                     return self.nonce.into_iter().for_each(Nonce::give_back);
                 }
                 // Moved by an attempt, or by an earlier copy of this.
                 Ok(response) => match moved_to(&response) {
                     // Only its lease takes a slot away.
                     0 => return self.generation.end(),
-                    now => slot.revision = now,
+                    now => self.slot.revision = now,
                 },
                 Err(Failure::LeaseGone(_)) => return self.generation.end(),
                 // Without space the slot cannot move, but the key can go; late copies are refused as long.
                 Err(Failure::Refused(_)) => {
-                    let made = Compare::create_revision(key.clone(), CompareOp::Equal, slot.revision);
+                    let made = Compare::create_revision(key.clone(), CompareOp::Equal, self.slot.revision);
                     let delete = Txn::new().when([made]).and_then([delete]).or_else([step.get()]);
-                    match self.core.rpc.txn(key, delete).await {
-                        Ok(response) if !response.succeeded() => slot.revision = moved_to(&response),
+                    match self.core.rpc.txn(&key, delete).await {
+                        Ok(response) if !response.succeeded() => self.slot.revision = moved_to(&response),
                         _ => {}
                     }
                     backoff.wait(&self.core.runtime).await;
@@ -218,12 +242,8 @@ impl Task {
         }
     }
 
-    fn step(&self, slot: &Slot) -> Step {
-        slot.step(&self.core.namespace, self.generation.lease.get())
-    }
-
-    fn lost(&self) -> Error {
-        Error::Lost { key: name::display(&self.key) }
+    fn step(&self) -> Step {
+        self.slot.step(&self.core.namespace, self.generation.lease.get())
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 
 use crate::support::check::{Scope, scoped};
 use crate::support::clock::boottime;
-use crate::support::holds::{Belief, Deletions, States, reaches};
+use crate::support::holds::{Belief, Deletions, States, returns};
 
 const TTL: Duration = Duration::from_secs(2);
 const WORKERS: usize = 2;
@@ -117,7 +117,7 @@ async fn lost_in_time(scope: &Scope, deletions: &Deletions, flavour: Flavour) {
     let answers = (&mut hold.answers).await.unwrap();
     assert!(answers.iter().all(|held| !held), "believed when the runtime went on: {answers:?}");
     lost.await;
-    reaches(&hold.session, SessionState::Connected { generation: 2 }).await;
+    returns(&hold.session).await;
     scope.owns_lease(hold.session.lease_id().unwrap());
     hold.end().await;
 }
@@ -173,7 +173,7 @@ async fn an_application_that_is_not_alive_loses_its_session_in_time() {
         hold.states.suspended_before_lost();
         alive.store(true, Ordering::Relaxed);
         hold.go_on.store(true, Ordering::Relaxed);
-        reaches(&hold.session, SessionState::Connected { generation: 2 }).await;
+        returns(&hold.session).await;
         scope.owns_lease(hold.session.lease_id().unwrap());
         let mut hold = hold;
         (&mut hold.answers).await.unwrap();

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_recipes::{Mutex, MutexGuard, Session, SessionState};
+use etcd_recipes::{Mutex, MutexGuard, Session};
 use futures::future::join_all;
 
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::clock::boottime;
 use crate::support::full;
-use crate::support::holds::{Belief, Deletions, States, reaches};
+use crate::support::holds::{Belief, Deletions, States, returns};
 use crate::support::measure::Samples;
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::PATIENCE;
@@ -44,7 +44,7 @@ impl Hold {
     /// Lets the network be well again: the session has another lease and locks again; nothing is left.
     async fn recover(self, scope: &Scope) {
         self.proxy.set(Mode::Pass).await;
-        reaches(&self.session, SessionState::Connected { generation: 2 }).await;
+        returns(&self.session).await;
         scope.owns_lease(self.session.lease_id().unwrap());
         let next = self.mutex.lock().await.unwrap();
         assert!(next.token() > self.guard.token());
@@ -178,7 +178,7 @@ async fn a_lost_hold_stays_lost_although_its_lease_lives_on() {
         hold.belief.ended_before(deletion);
         renewing.await.unwrap();
         // What the new generation wrote first came after the old one's keys were gone.
-        reaches(&hold.session, SessionState::Connected { generation: 2 }).await;
+        returns(&hold.session).await;
         eventually(PATIENCE, "the waiter is in line again", async || {
             client.get(prefix.as_str(), options()).await.unwrap().kvs().len() == 2
         })
