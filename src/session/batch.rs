@@ -146,6 +146,9 @@ async fn put(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>) ->
     let mut unanswered = false;
     let mut backoff = Backoff::of_requests();
     let done = loop {
+        if !generation.is_alive() {
+            return Ok(all(ops, || Outcome::Ended));
+        }
         let attempt = tokio::select! {
             biased;
             attempt = write.attempt(&mut slot, unanswered) => attempt,

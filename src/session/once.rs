@@ -195,7 +195,7 @@ where
             .and_then([TxnOp::txn((self.body)(&Record(&step))), step.get()])
             .or_else([step.get(), step.put_aside()]);
         let response = self.core.rpc.txn(&self.key, txn).await?.0;
-        let (now, record) = moved_to(&response, usize::from(response.succeeded));
+        let (now, record) = moved_to(&step, &response, usize::from(response.succeeded));
         let moved = std::mem::replace(&mut slot.revision, now) != now;
         if response.succeeded {
             let revision = revision(response.header.as_ref().map(Into::into));
@@ -241,7 +241,7 @@ where
                     return Fenced::Never;
                 }
                 Ok(response) => {
-                    let (revision, record) = moved_to(&response.0, 0);
+                    let (revision, record) = moved_to(&step, &response.0, 0);
                     // Only its lease takes a slot away.
                     if revision == 0 {
                         self.generation.end();
@@ -276,9 +276,9 @@ where
 }
 
 /// The revision and the record of the slot, as operation `index` of an answer reads them.
-fn moved_to(response: &PbTxnResponse, index: usize) -> (i64, Vec<u8>) {
+fn moved_to(step: &Step, response: &PbTxnResponse, index: usize) -> (i64, Vec<u8>) {
     let slot = RangeAnswer::of(&response.responses, index).and_then(|slot| slot.first_value());
-    slot.map_or((0, Vec::new()), |(slot, record)| (slot.mod_revision, record))
+    slot.map_or((0, Vec::new()), |(slot, record)| (step.moved_to(Some(&slot)), record))
 }
 
 /// The record of a write that was given up. No path of a body writes this.

@@ -73,7 +73,8 @@ impl Slot {
     pub(crate) fn step(&self, namespace: &str, lease: i64) -> Step {
         let first = (self.revision == 0).then(|| (name::slot(namespace, lease, 0), self.first));
         let first = first.filter(|(_, created)| *created != 0);
-        Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision, first }
+        let created = (self.index == 0 && self.first != 0).then_some(self.first);
+        Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision, first, created }
     }
 }
 
@@ -118,6 +119,8 @@ pub(crate) struct Step {
     seen: i64,
     /// Of a slot's first step: slot 0 and its create revision.
     first: Option<(Vec<u8>, i64)>,
+    /// Of slot 0: its create revision.
+    created: Option<i64>,
 }
 
 impl Step {
@@ -144,6 +147,13 @@ impl Step {
 
     pub(crate) fn get(&self) -> TxnOp {
         TxnOp::get(self.key.clone(), None)
+    }
+
+    /// The revision of the slot that an answer shows; 0 if it is gone. A slot 0 of another create revision was put by a
+    /// late copy of the lease's first write, and is none of ours.
+    pub(crate) fn moved_to(&self, slot: Option<&KeyFacts>) -> i64 {
+        let ours = |slot: &&KeyFacts| self.created.is_none_or(|created| slot.create_revision == created);
+        slot.filter(ours).map_or(0, |slot| slot.mod_revision)
     }
 
     /// Reads slot 0, where [`compares`](Self::compares) looks at it.

@@ -172,7 +172,7 @@ impl Task {
         }
         let answer = |op| RangeAnswer::of(&response.responses, op).and_then(|keys| keys.keys().next());
         let (found, moved, first) = (answer(0), answer(1), answer(2));
-        let now = moved.map_or(0, |slot| slot.mod_revision);
+        let now = step.moved_to(moved.as_ref());
         let seen = std::mem::replace(&mut self.slot.revision, now);
         Ok(match found {
             _ if step.shows_end(now, first.as_ref()) => Outcome::Ended,
@@ -221,7 +221,7 @@ impl Task {
                     return self.nonce.into_iter().for_each(Nonce::give_back);
                 }
                 // Moved by an attempt, or by an earlier copy of this.
-                Ok(response) => match moved_to(&response) {
+                Ok(response) => match moved_to(&step, &response) {
                     // Only its lease takes a slot away.
                     0 => return self.generation.end(),
                     now => self.slot.revision = now,
@@ -232,7 +232,9 @@ impl Task {
                     let made = Compare::create_revision(key.clone(), CompareOp::Equal, self.slot.revision);
                     let delete = Txn::new().when([made]).and_then([delete]).or_else([step.get()]);
                     match self.core.rpc.txn(&key, delete).await {
-                        Ok(response) if !response.succeeded() => self.slot.revision = moved_to(&response),
+                        Ok(response) if !response.succeeded() => {
+                            self.slot.revision = moved_to(&step, &response)
+                        }
                         _ => {}
                     }
                     backoff.wait(&self.core.runtime).await;
@@ -248,8 +250,7 @@ impl Task {
 }
 
 /// The slot's revision, when the answer's first operation reads it.
-fn moved_to(response: &TxnResponse) -> i64 {
-    RangeAnswer::of(&response.0.responses, 0)
-        .and_then(|keys| keys.keys().next())
-        .map_or(0, |slot| slot.mod_revision)
+fn moved_to(step: &Step, response: &TxnResponse) -> i64 {
+    let slot = RangeAnswer::of(&response.0.responses, 0).and_then(|keys| keys.keys().next());
+    step.moved_to(slot.as_ref())
 }
