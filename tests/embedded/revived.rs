@@ -73,7 +73,10 @@ struct Stage {
 impl Stage {
     async fn begin() -> Self {
         let server = Server::start();
-        let link = server.link();
+        Self::begin_over(server.link(), server).await
+    }
+
+    async fn begin_over(link: Link, server: Server) -> Self {
         let grant = link.inject("LeaseGrant", Fault::Hold, 1);
         let txns = Arc::default();
         let counted = Counted { link: link.clone(), txns: Arc::clone(&txns) };

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use etcd_client::{Txn, TxnOp};
-use etcd_recipes::embedded::{Fault, Injection};
+use etcd_recipes::embedded::{Fault, Injection, Server};
+use etcd_recipes::service::{Instance, RegistrationState, Services};
 use etcd_recipes::{ConfigCache, Election, Error, Mutex, Queue, Result};
 use tokio::time::{sleep, timeout};
 
@@ -51,14 +52,19 @@ async fn next(stage: &Stage, what: What, lost: usize) {
             assert_eq!(stage.server.keys("queue/").len(), 2);
         }
         What::Claim => queue.claim().await.unwrap().ack().await.unwrap(),
-        What::Register | What::GuardedTxn => unreachable!(),
+        What::Register => {
+            let instance = Instance::new("courseware", "127.0.0.1:8400").id("a");
+            let registration = Services::new(session).register(instance).await.unwrap();
+            assert_eq!(stage.server.keys(registration.key())[0].lease, session.lease_id().unwrap());
+        }
+        What::GuardedTxn => unreachable!("its key is gone"),
     }
 }
 
 /// Its renewals are answered again, but its next write tells.
 #[tokio::test(start_paused = true)]
 async fn who_goes_on_finds_out_with_the_next_write() {
-    for what in ALL.into_iter().filter(|what| !matches!(what, What::GuardedTxn | What::Register)) {
+    for what in ALL.into_iter().filter(|what| !matches!(what, What::GuardedTxn)) {
         for busy in [false, true] {
             for lost in [0, 1] {
                 let stage = Stage::begin().await;
@@ -87,6 +93,25 @@ async fn who_goes_on_finds_out_with_the_next_write() {
             }
         }
     }
+}
+
+/// Nobody calls anything: what is kept up is put again, on a lease that is known to live.
+#[tokio::test(start_paused = true)]
+async fn a_registration_comes_back() {
+    let stage = Stage::begin().await;
+    let instance = Instance::new("courseware", "127.0.0.1:8400").id("a");
+    let registration = Services::new(&stage.session).register(instance).await.unwrap();
+    // The watch is open by then.
+    sleep(Duration::from_secs(1)).await;
+    stage.revive_unheard().await;
+    stage.second_generation().await;
+    sleep(Duration::from_secs(1)).await;
+    let lease = stage.server.keys(registration.key()).first().map(|key| key.lease);
+    assert_eq!(lease, stage.session.lease_id());
+    assert_eq!(registration.state(), RegistrationState::Registered);
+    stage.no_hot_loop("it goes on");
+    drop(registration);
+    stage.end().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -128,9 +153,7 @@ async fn a_holder_is_told_and_writes_nothing() {
 /// A call is dropped with its request on its way, when the lease is over and back: giving it up ends as well.
 #[tokio::test(start_paused = true)]
 async fn a_call_that_is_dropped_is_given_up() {
-    for what in
-        ALL.into_iter().filter(|what| !matches!(what, What::GuardedTxn | What::Claim | What::Register))
-    {
+    for what in ALL.into_iter().filter(|what| !matches!(what, What::GuardedTxn | What::Claim)) {
         let stage = Stage::begin().await;
         let held = stage.link.inject("Txn", Fault::Hold, 1);
         {
@@ -149,5 +172,34 @@ async fn a_call_that_is_dropped_is_given_up() {
         stage.no_hot_loop(&format!("{what:?}"));
         timeout(SOON, next(&stage, What::Lock, 0)).await.expect("the session is stuck");
         stage.end().await;
+    }
+}
+
+/// The session's first write is on its way still as well: it puts a slot that is none of those there were.
+#[tokio::test(start_paused = true)]
+async fn what_is_sent_again_is_not_taken_for_done_because_of_another_slot() {
+    for what in ALL.into_iter().filter(|what| !matches!(what, What::GuardedTxn)) {
+        for lost in [0, 1] {
+            let server = Server::start();
+            let link = server.link();
+            let slot = link.inject("Txn", Fault::Hold, 1);
+            let stage = Stage::begin_over(link, server).await;
+            assert_eq!(slot.hits(), 1);
+            if matches!(what, What::Claim) {
+                let others = Queue::new(&stage.other().await, "queue").unwrap();
+                others.enqueue("item").await.unwrap();
+            }
+            stage.link.stall();
+            stage.revive().await;
+            slot.release();
+            sleep(MOMENT).await;
+            assert_eq!(stage.server.keys("").iter().filter(|key| key.lease == stage.lease).count(), 1);
+            stage.link.restore();
+            stage.link.inject("Txn", Fault::LoseAnswer, lost);
+            let case = format!("{what:?}, answers lost: {lost}");
+            let next = timeout(SOON, next(&stage, what, lost)).await;
+            next.unwrap_or_else(|_| panic!("{case}: it is stuck"));
+            stage.end().await;
+        }
     }
 }
