@@ -56,6 +56,11 @@ impl Endpoints {
         let _ = self.current.compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// Goes on with a member that answers.
+    pub(crate) fn prefer(&self, index: usize) {
+        self.current.store(index, Ordering::Relaxed);
+    }
+
     /// The client of member `index`. The first call may log in; the caller bounds its time.
     pub(crate) async fn client(&self, index: usize) -> Result<&Client, etcd_client::Error> {
         let member = &self.members[index % self.members.len()];

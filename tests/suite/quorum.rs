@@ -158,7 +158,16 @@ async fn long_outage(scope: &Scope, cluster: &Cluster) -> Vec<Duration> {
         belief.ended_before(deletion);
         let mut client = scope.client();
         let options = GetOptions::new().with_prefix();
-        let keys = client.get(scope.name(), Some(options)).await.unwrap();
+        // A member that was away may still have to find the leader.
+        let keys = tokio::time::timeout(PATIENCE, async {
+            loop {
+                match client.get(scope.name(), Some(options.clone())).await {
+                    Ok(keys) => break keys,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                }
+            }
+        });
+        let keys = keys.await.unwrap();
         let lease = session.lease_id().unwrap();
         for kv in keys.kvs().iter().filter(|kv| kv.lease() == lease) {
             assert!(kv.create_revision() > deletion.revision, "written before the old keys were gone");

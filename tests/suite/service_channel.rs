@@ -4,6 +4,7 @@
 mod proto;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_recipes::service::{Balancer, Instance, Policy, Registration, ServiceChannel, Services};
@@ -21,7 +22,7 @@ use self::proto::greet::{GreetRequest, GreetResponse};
 use super::service_registration::services;
 use crate::support::background;
 use crate::support::certificates::Authority;
-use crate::support::check::scoped;
+use crate::support::check::{eventually, scoped};
 use crate::support::ports::free_port;
 use crate::support::sessions::session;
 
@@ -29,6 +30,7 @@ use crate::support::sessions::session;
 struct Greeter {
     name: String,
     nights: Arc<Semaphore>,
+    asked: Arc<AtomicUsize>,
 }
 
 #[tonic::async_trait]
@@ -38,6 +40,7 @@ impl Greet for Greeter {
     }
 
     async fn night(&self, _: Request<GreetRequest>) -> Result<Response<GreetResponse>, Status> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         let permit = self.nights.acquire().await;
         permit.map_err(|_| Status::aborted("the night is over"))?.forget();
         Ok(Response::new(GreetResponse { message: String::new(), from: self.name.clone() }))
@@ -48,6 +51,8 @@ impl Greet for Greeter {
 struct Running {
     address: String,
     nights: Arc<Semaphore>,
+    /// How many nights were asked for.
+    asked: Arc<AtomicUsize>,
     end: CancellationToken,
 }
 
@@ -59,7 +64,8 @@ impl Drop for Running {
 
 async fn serve(name: &str, tls: Option<ServerTlsConfig>) -> Running {
     let (name, end, nights) = (name.to_owned(), CancellationToken::new(), Arc::new(Semaphore::new(0)));
-    let (stop, greeter) = (end.clone(), Greeter { name, nights: nights.clone() });
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (stop, greeter) = (end.clone(), Greeter { name, nights: nights.clone(), asked: asked.clone() });
     let listening = background().spawn(async move {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -77,7 +83,7 @@ async fn serve(name: &str, tls: Option<ServerTlsConfig>) -> Running {
         });
         address
     });
-    Running { address: listening.await.unwrap(), nights, end }
+    Running { address: listening.await.unwrap(), nights, asked, end }
 }
 
 async fn register(services: &Services, address: &str) -> Registration {
@@ -173,6 +179,10 @@ async fn calls_go_where_fewer_are_pending() {
         let channel = discovery.channel().balancer(Balancer::new(Policy::LeastPending)).build();
         let calls: Vec<_> = (0..10).map(|_| tokio::spawn(night(channel.clone()))).collect();
         // Ten are under way, five each; those of b are answered.
+        eventually(Duration::from_secs(20), "five each", async || {
+            [&a, &b].iter().all(|server| server.asked.load(Ordering::SeqCst) == 5)
+        })
+        .await;
         b.nights.add_permits(100);
         for _ in 0..20 {
             assert!(morning(&channel).await.is_ok());

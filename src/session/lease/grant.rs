@@ -169,7 +169,9 @@ impl Keeper {
             if runtime.now() >= deadline {
                 return None;
             }
-            match self.rpc().txn(b"the session's lease", Slots::begin(namespace, lease.get())).await {
+            let begin =
+                || self.rpc().txn(b"the session's lease", Slots::begin(namespace, lease.get())).boxed();
+            match answer(self.rpc(), begin).await.0 {
                 Ok(response) if response.succeeded() => break revision(response.header()),
                 Ok(response) => {
                     let found = RangeAnswer::of(&response.0.responses, 0).and_then(|slot| slot.keys().next());
@@ -229,24 +231,34 @@ impl Keeper {
 }
 
 /// Makes an attempt, and more through the other members while none is answered: one that stands still would hold
-/// the next generation up for as long as an attempt may take. Tells whether there were several.
+/// the next generation up for as long as an attempt may take. What follows goes to the member that answered. Tells whether
+/// there were several.
 async fn answer<'a, T>(
     rpc: &Rpc,
     attempt: impl Fn() -> BoxFuture<'a, Result<T, Failure>>,
 ) -> (Result<T, Failure>, bool) {
     const PAUSE: Duration = Duration::from_millis(150);
     const MOST: usize = 8;
+    let through_current = || {
+        let member = rpc.endpoints.current();
+        attempt().map(move |answer| (member, answer))
+    };
     let mut attempts = FuturesUnordered::new();
-    attempts.push(attempt());
+    attempts.push(through_current());
     let mut several = false;
     loop {
         tokio::select! {
             biased;
-            Some(answer) = attempts.next() => return (answer, several),
+            Some((member, answer)) = attempts.next() => {
+                if answer.is_ok() {
+                    rpc.endpoints.prefer(member);
+                }
+                return (answer, several);
+            }
             () = tokio::time::sleep(PAUSE), if attempts.len() < MOST => {
                 rpc.endpoints.avoid(rpc.endpoints.current());
                 several = true;
-                attempts.push(attempt());
+                attempts.push(through_current());
             }
         }
     }
