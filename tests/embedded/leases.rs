@@ -101,3 +101,25 @@ async fn a_lease_that_is_over_before_it_is_known_is_granted_again() {
     assert_eq!(server.leases(), [session.lease_id().unwrap()]);
     Mutex::new(&session, "lock").unwrap().lock().await.unwrap().unlock().await.unwrap();
 }
+
+/// The next generation has a lease, and has not begun.
+#[tokio::test(start_paused = true)]
+async fn a_session_that_is_closed_between_its_leases_leaves_none() {
+    const TTL: Duration = Duration::from_secs(60);
+    let server = Server::start();
+    let link = server.link();
+    let session = server.session(&link).await.unwrap().ttl(TTL).connect().await.unwrap();
+    let mut client = server.client().await.unwrap();
+    let first = session.lease_id().unwrap();
+    let begins = link.inject("Txn", Fault::Hold, 1_000_000);
+    server.expire(first);
+    timeout(TTL, begins.hit(1)).await.expect("no next generation");
+    assert_eq!(client.leases().await.unwrap().leases().len(), 1);
+    session.close().await.unwrap();
+    let gone = async {
+        while !client.leases().await.unwrap().leases().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(TTL / 2, gone).await.expect("a lease is left");
+}

@@ -17,13 +17,18 @@ use crate::session::rpc::{Failure, RangeAnswer, Rpc, revision};
 use crate::session::runtime::{Backoff, Time};
 use crate::session::slots::Slots;
 
-/// What an effort to get a lease has come to so far.
-#[derive(Default)]
-struct Tried {
-    /// The last failure, for an error message.
-    error: Option<etcd_client::Error>,
-    /// A lease that was granted.
+/// A lease that was granted, and no generation has begun with it. Revoked in the background when dropped.
+struct Unused<'a> {
+    keeper: &'a Keeper,
     lease: Option<NonZeroI64>,
+}
+
+impl Drop for Unused<'_> {
+    fn drop(&mut self) {
+        if let Some(lease) = self.lease {
+            self.keeper.rpc().runtime.spawn(self.keeper.revoke(lease, true));
+        }
+    }
 }
 
 impl Keeper {
@@ -31,19 +36,15 @@ impl Keeper {
     ///
     /// # Cancel safety
     ///
-    /// A dropped call may leave a lease without keys, which expires after its TTL.
+    /// A dropped call leaves a lease without keys only if the request for it was on its way; it expires after its TTL.
     pub(crate) async fn first(&self) -> Result<Arc<Generation>> {
-        let (mut tried, limit) = (Tried::default(), self.options.connect_timeout);
+        let (mut last, limit) = (None, self.options.connect_timeout);
         let first = async {
-            self.admitted(&mut tried).await?;
-            self.grant(1, &mut tried).await
+            self.admitted(&mut last).await?;
+            self.grant(1, &mut last).await
         };
         let granted = tokio::time::timeout(limit, first).await;
-        let granted = granted.unwrap_or_else(|_| Err(self.rpc().unreachable(limit, tried.error.take())));
-        if let (Err(_), Some(lease)) = (&granted, tried.lease) {
-            self.rpc().runtime.spawn(self.revoke(lease, true));
-        }
-        granted
+        granted.unwrap_or_else(|_| Err(self.rpc().unreachable(limit, last)))
     }
 
     /// Grants the lease that follows one that is lost.
@@ -58,7 +59,7 @@ impl Keeper {
 
     /// Makes sure that the session may do what it has to do: etcd grants leases to everybody, and a session that may not
     /// read would only find out when it cannot confirm its first keepalive.
-    async fn admitted(&self, tried: &mut Tried) -> Result<()> {
+    async fn admitted(&self, last: &mut Option<etcd_client::Error>) -> Result<()> {
         let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
         loop {
             let probe = self.rpc().probe.clone();
@@ -73,10 +74,10 @@ impl Keeper {
                 Err(Failure::Login(source)) if logins == 3 => return Err(Error::AuthFailed { source }),
                 Err(Failure::Login(error)) => {
                     logins += 1;
-                    tried.error = Some(error);
+                    *last = Some(error);
                 }
-                Err(Failure::Again(error) | Failure::LeaseGone(error)) => tried.error = Some(error),
-                Err(Failure::Unknown(error)) => tried.error = error,
+                Err(Failure::Again(error) | Failure::LeaseGone(error)) => *last = Some(error),
+                Err(Failure::Unknown(error)) => *last = error,
                 Err(Failure::LeaseExists) => {}
             }
             backoff.wait(&self.rpc().runtime).await;
@@ -86,7 +87,7 @@ impl Keeper {
     async fn grant_until_done(&self, number: u64) -> Arc<Generation> {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
         loop {
-            match self.grant(number, &mut Tried::default()).await {
+            match self.grant(number, &mut None).await {
                 Ok(generation) => return generation,
                 // Credentials, permission or space: somebody has to act, so no hurry.
                 Err(error) => tracing::warn!(%error, "no new lease"),
@@ -95,8 +96,9 @@ impl Keeper {
         }
     }
 
-    /// Grants a lease, sending again until etcd answers.
-    async fn grant(&self, number: u64, tried: &mut Tried) -> Result<Arc<Generation>> {
+    /// Grants a lease, sending again until etcd answers, and begins a generation with it. `last` keeps the last failure
+    /// for an error message.
+    async fn grant(&self, number: u64, last: &mut Option<etcd_client::Error>) -> Result<Arc<Generation>> {
         let ttl = i64::try_from(self.options.ttl.as_secs()).unwrap_or(i64::MAX);
         let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(150));
         let (mut lease, mut sent_before) = (self.random_lease(), false);
@@ -115,56 +117,63 @@ impl Keeper {
             };
             let (answer, several) = answer(self.rpc(), grant).await;
             sent_before |= several;
-            match answer {
+            let granted = match answer {
                 Ok((sent, granted)) => {
-                    let deadline =
-                        local_deadline(sent, Duration::from_secs(u64::try_from(granted.ttl()).unwrap_or(0)));
-                    if let Some(generation) = self.begin(number, lease, deadline, tried).await {
-                        return Ok(generation);
-                    }
-                    lease = self.random_lease();
+                    let ttl = Duration::from_secs(u64::try_from(granted.ttl()).unwrap_or(0));
+                    Some(local_deadline(sent, ttl))
                 }
                 // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives.
                 Err(Failure::LeaseExists) if sent_before => {
                     let keepalives = &self.transport.keepalives;
                     let stream = keepalives.stream();
                     match keepalives.renew(&stream, lease).await {
-                        Beat::Confirmed(renewal) => {
-                            let deadline = local_deadline(renewal.sent, renewal.ttl);
-                            if let Some(generation) = self.begin(number, lease, deadline, tried).await {
-                                return Ok(generation);
-                            }
-                            lease = self.random_lease();
-                        }
+                        Beat::Confirmed(renewal) => Some(local_deadline(renewal.sent, renewal.ttl)),
                         // Its time was over before it was known.
-                        Beat::Gone => {}
-                        Beat::Nothing => drop(keepalives.instead_of(&stream)),
+                        Beat::Gone => None,
+                        Beat::Nothing => {
+                            keepalives.instead_of(&stream);
+                            None
+                        }
                     }
                 }
-                Err(Failure::LeaseExists) => lease = self.random_lease(),
+                Err(Failure::LeaseExists) => {
+                    lease = self.random_lease();
+                    None
+                }
                 Err(Failure::Refused(error)) => return Err(error),
                 Err(Failure::Unknown(error)) => {
                     sent_before = true;
-                    tried.error = error;
+                    *last = error;
+                    None
                 }
-                Err(Failure::Again(error) | Failure::Login(error)) => tried.error = Some(error),
-                Err(Failure::LeaseGone(_)) => {}
+                Err(Failure::Again(error) | Failure::Login(error)) => {
+                    *last = Some(error);
+                    None
+                }
+                Err(Failure::LeaseGone(_)) => None,
+            };
+            if let Some(deadline) = granted {
+                if let Some(generation) = self.begin(number, lease, deadline, last).await {
+                    return Ok(generation);
+                }
+                (lease, sent_before) = (self.random_lease(), false);
             }
             backoff.wait(&self.rpc().runtime).await;
         }
     }
 
-    /// Begins a generation with a lease just granted: puts op slot 0. `None` if the lease is over before that.
+    /// Begins a generation with a lease just granted: puts op slot 0. `None` if the lease is over before that, or etcd is
+    /// out of space.
     async fn begin(
         &self,
         number: u64,
         lease: NonZeroI64,
         deadline: Time,
-        tried: &mut Tried,
+        last: &mut Option<etcd_client::Error>,
     ) -> Option<Arc<Generation>> {
         let (runtime, namespace) = (&self.rpc().runtime, &self.options.namespace);
+        let mut unused = Unused { keeper: self, lease: Some(lease) };
         let mut backoff = Backoff::of_requests();
-        tried.lease = Some(lease);
         let first = loop {
             if runtime.now() >= deadline {
                 return None;
@@ -182,12 +191,13 @@ impl Keeper {
                 Err(Failure::Refused(Error::NoSpace { .. })) => return None,
                 // It may still read, and whatever it writes is refused as well.
                 Err(Failure::Refused(_)) => break 0,
-                Err(Failure::Again(error) | Failure::Login(error)) => tried.error = Some(error),
-                Err(Failure::Unknown(error)) => tried.error = error,
+                Err(Failure::Again(error) | Failure::Login(error)) => *last = Some(error),
+                Err(Failure::Unknown(error)) => *last = error,
                 Err(Failure::LeaseExists) => {}
             }
             backoff.wait(runtime).await;
         };
+        unused.lease = None;
         Some(Arc::new(Generation::new(number, lease, deadline, Slots::new(first), runtime.clone())))
     }
 
