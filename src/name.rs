@@ -62,8 +62,11 @@ impl Prefix {
 
     /// The key of one place in this line: `{name}/{lease}-{nonce}`, both in lower-case hexadecimal digits.
     pub(crate) fn place(&self, lease: i64, nonce: u32) -> Vec<u8> {
-        let mut key = self.0.clone();
-        key.extend_from_slice(format!("{lease:x}-{nonce:x}").as_bytes());
+        let mut key = Vec::with_capacity(self.0.len() + 25);
+        key.extend_from_slice(&self.0);
+        push_hex(&mut key, lease.cast_unsigned());
+        key.push(b'-');
+        push_hex(&mut key, nonce.into());
         key
     }
 
@@ -108,7 +111,20 @@ impl std::fmt::Debug for Hidden<'_> {
 
 /// The key of an op slot of a session.
 pub(crate) fn slot(namespace: &str, lease: i64, index: u32) -> Vec<u8> {
-    format!("{namespace}{lease:x}/op/{index}").into_bytes()
+    let mut key = Vec::with_capacity(namespace.len() + 28);
+    key.extend_from_slice(namespace.as_bytes());
+    push_hex(&mut key, lease.cast_unsigned());
+    key.extend_from_slice(b"/op/");
+    push_hex(&mut key, index.into());
+    key
+}
+
+/// Adds a number in lower-case hexadecimal digits. Every lock makes such keys, and `format!` takes ten times as long.
+fn push_hex(key: &mut Vec<u8>, number: u64) {
+    let digits = (u64::BITS - number.leading_zeros()).div_ceil(4).max(1);
+    for digit in (0..digits).rev() {
+        key.push(b"0123456789abcdef"[(number >> (4 * digit)) as usize % 16]);
+    }
 }
 
 /// The key a session reads to prove that it talks to the current leader; it need not exist.

@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use etcd_client::{Client, LeaseGrantOptions};
-use futures::future::BoxFuture;
 use tokio::sync::Mutex;
 
 use super::Core;
@@ -47,9 +46,9 @@ impl Expiring {
             let period = (self.least / 2).max(Duration::from_secs(1));
             // Rounded up: etcd counts in whole seconds.
             let ttl = i64::try_from((self.least + period).as_secs() + 1).unwrap_or(i64::MAX);
-            let grant = move |client: &Client| -> BoxFuture<'static, _> {
+            let grant = |client: &Client| {
                 let (mut client, options) = (client.lease_client(), LeaseGrantOptions::new().with_id(lease));
-                Box::pin(async move { client.grant(ttl, Some(options)).await })
+                async move { client.grant(ttl, Some(options)).await }
             };
             let attempt = tokio::select! {
                 biased;

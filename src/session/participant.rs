@@ -28,22 +28,22 @@ pub struct Participant {
 
 /// The value of a lock's key. Other programs ignore it.
 #[derive(Serialize, Deserialize)]
-struct Description {
-    identity: String,
+struct Description<S> {
+    identity: S,
     /// Seconds since 1970.
     since: u64,
 }
 
 /// The value of a lock key created now.
 pub(crate) fn describe(core: &Core) -> Vec<u8> {
-    let (identity, since) = (core.options.identity.clone(), core.runtime.wall_seconds());
+    let (identity, since) = (core.options.identity.as_str(), core.runtime.wall_seconds());
     serde_json::to_vec(&Description { identity, since }).unwrap_or_default()
 }
 
 impl From<Member> for Participant {
     fn from(member: Member) -> Self {
         // Anything can be in a foreign key's value; what is not ours says nothing.
-        let description: Option<Description> = serde_json::from_slice(&member.value).ok();
+        let description: Option<Description<String>> = serde_json::from_slice(&member.value).ok();
         let since = description.as_ref().and_then(|d| UNIX_EPOCH.checked_add(Duration::from_secs(d.since)));
         Self {
             key: member.facts.key,

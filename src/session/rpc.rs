@@ -4,12 +4,12 @@
 //! with a message known to be a refusal, says no. A timeout, a lost connection, a leader change: the request may be
 //! applied later, even seconds later.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::proto::{PbResponseOp, PbTxnOpResponse};
 use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn, TxnResponse};
-use futures::future::BoxFuture;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
@@ -81,9 +81,9 @@ pub(crate) struct Rpc {
 impl Rpc {
     /// Sends a transaction once. `key` is what an error speaks of.
     pub(crate) async fn txn(&self, key: &[u8], txn: Txn) -> Result<TxnResponse, Failure> {
-        let call = move |client: &Client| -> BoxFuture<'static, _> {
+        let call = |client: &Client| {
             let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
-            Box::pin(async move { kv.txn(txn).await })
+            async move { kv.txn(txn).await }
         };
         self.attempt(key, call).await
     }
@@ -99,9 +99,9 @@ impl Rpc {
             let mut backoff = Backoff::of_requests();
             loop {
                 let (key_sent, options) = (key.to_vec(), options.clone());
-                let call = move |client: &Client| -> BoxFuture<'static, _> {
+                let call = |client: &Client| {
                     let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
-                    Box::pin(async move { kv.get(key_sent, Some(options)).await })
+                    async move { kv.get(key_sent, Some(options)).await }
                 };
                 match self.attempt(key, call).await {
                     Ok(response) => return Ok(response),
@@ -123,11 +123,14 @@ impl Rpc {
     }
 
     /// Makes one attempt of a request, through the current member.
-    pub(crate) async fn attempt<T>(
+    pub(crate) async fn attempt<T, F>(
         &self,
         key: &[u8],
-        call: impl FnOnce(&Client) -> BoxFuture<'static, Result<T, etcd_client::Error>>,
-    ) -> Result<T, Failure> {
+        call: impl FnOnce(&Client) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
         let member = self.endpoints.current();
         let failure = match tokio::time::timeout(self.timeout, async {
             let client = self.endpoints.client(member).await?;
@@ -141,7 +144,8 @@ impl Rpc {
         };
         tracing::debug!(key = %name::display(key), ?failure, "attempt failed");
         match &failure {
-            Failure::Login(_) => self.log_in_again(member).await,
+            // Boxed, because it is large and rarely runs, and every request's future contains it.
+            Failure::Login(_) => Box::pin(self.log_in_again(member)).await,
             Failure::Again(_) | Failure::Unknown(_) => self.endpoints.avoid(member),
             Failure::LeaseGone(_) | Failure::LeaseExists | Failure::Refused(_) => {}
         }

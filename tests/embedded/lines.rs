@@ -1,7 +1,8 @@
-//! Lines of locks whose watches begin too late.
+//! Lines of locks whose watches begin too late, and entries that find themselves there.
 
 use std::time::Duration;
 
+use etcd_client::{PutOptions, Txn, TxnOp};
 use etcd_recipes::Mutex;
 use etcd_recipes::embedded::Fault;
 use tokio::time::timeout;
@@ -51,4 +52,26 @@ async fn a_key_far_ahead_that_goes_before_it_is_watched_is_not_waited_for() {
 #[tokio::test(start_paused = true)]
 async fn a_key_far_ahead_that_comes_back_before_it_is_watched_is_not_waited_for() {
     wait_for_a_key_that_goes(true).await;
+}
+
+/// Something on the way sends a request twice, and the answer to the second copy is the one that comes back: it did
+/// nothing, because the first had done everything. Here the test is the first copy.
+#[tokio::test(start_paused = true)]
+async fn an_entry_whose_first_copy_is_not_answered_for_finds_its_place() {
+    let (server, _link, session) = begin().await;
+    let lease = session.lease_id().unwrap();
+    let (key, slot) = (format!("lock/{lease:x}-0"), format!("_etcd-recipes/{lease:x}/op/0"));
+    let mut client = server.client().await.unwrap();
+    let put = |key: &str| TxnOp::put(key, "", Some(PutOptions::new().with_lease(lease)));
+    let copy = Txn::new().and_then([put(&key), put(&slot)]);
+    let entered = client.txn(copy).await.unwrap().header().unwrap().revision();
+    let guard = Mutex::new(&session, "lock").unwrap().lock().await.unwrap();
+    assert_eq!((guard.key(), guard.create_revision()), (key.as_bytes(), entered));
+    guard.unlock().await.unwrap();
+    assert!(server.keys("lock/").is_empty());
+    // Only the slot was moved: the next entry knows no more than that it was not applied.
+    client.put(slot, "", Some(PutOptions::new().with_lease(lease))).await.unwrap();
+    let guard = Mutex::new(&session, "lock").unwrap().lock().await.unwrap();
+    assert!(guard.create_revision() > entered + 2);
+    assert_eq!((session.lease_id(), server.keys("lock/").len()), (Some(lease), 1));
 }

@@ -63,9 +63,9 @@ impl Keeper {
         let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
         loop {
             let probe = self.rpc().probe.clone();
-            let call = move |client: &Client| -> BoxFuture<'static, _> {
+            let call = |client: &Client| {
                 let (mut client, options) = (client.kv_client(), GetOptions::new().with_count_only());
-                Box::pin(async move { client.get(probe, Some(options)).await })
+                async move { client.get(probe, Some(options)).await }
             };
             match self.rpc().attempt(&self.rpc().probe, call).await {
                 Ok(_) => return Ok(()),
@@ -106,9 +106,9 @@ impl Keeper {
             let id = lease.get();
             let grant = || {
                 let sent = self.rpc().runtime.now();
-                let call = move |client: &Client| -> BoxFuture<'static, _> {
+                let call = move |client: &Client| {
                     let (mut client, options) = (client.lease_client(), LeaseGrantOptions::new().with_id(id));
-                    Box::pin(async move { client.grant(ttl, Some(options)).await })
+                    async move { client.grant(ttl, Some(options)).await }
                 };
                 self.rpc()
                     .attempt(b"the session's lease", call)
@@ -214,9 +214,9 @@ impl Keeper {
             let mut backoff = Backoff::of_requests();
             loop {
                 let revoke = || {
-                    let call = move |client: &Client| -> BoxFuture<'static, _> {
+                    let call = move |client: &Client| {
                         let mut client = client.lease_client();
-                        Box::pin(async move { client.revoke(id).await })
+                        async move { client.revoke(id).await }
                     };
                     rpc.attempt(b"the session's lease", call).boxed()
                 };

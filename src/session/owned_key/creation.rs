@@ -79,14 +79,16 @@ enum Outcome {
 impl Pending {
     async fn run(mut self) -> Result<Option<Created>> {
         let mut unanswered = false;
+        let mut again = false;
         let mut backoff = Backoff::of_requests();
         while let Some(task) = &mut self.0 {
             let generation = task.generation.clone();
             let attempt = tokio::select! {
                 biased;
                 () = generation.ended() => return Err(self.end()),
-                attempt = task.attempt() => attempt,
+                attempt = task.attempt(again) => attempt,
             };
+            again = true;
             match attempt {
                 Ok(Outcome::Created(created)) => {
                     self.settle();
@@ -96,12 +98,12 @@ impl Pending {
                 Ok(Outcome::Not) if unanswered => {
                     let Some(task) = self.0.take() else { break };
                     let core = task.core.clone();
-                    return core
-                        .to_the_end(async move {
-                            task.give_up().await;
-                            Ok(None)
-                        })
-                        .await;
+                    let give_up = async move {
+                        task.give_up().await;
+                        Ok(None)
+                    };
+                    // Boxed, because it is large and rarely runs.
+                    return Box::pin(core.to_the_end(give_up)).await;
                 }
                 Ok(Outcome::Not) => {
                     task.nonce.take().into_iter().for_each(Nonce::give_back);
@@ -151,17 +153,19 @@ impl Drop for Pending {
 
 impl Task {
     /// One attempt.
-    async fn attempt(&mut self) -> Result<Outcome, Failure> {
+    async fn attempt(&mut self, again: bool) -> Result<Outcome, Failure> {
         let Self { key, value, only_if, reads, .. } = &*self;
         let step = self.step();
         let options = PutOptions::new().with_lease(self.generation.lease.get());
         let put = TxnOp::put(key.clone(), value.clone(), Some(options));
         let mut compares = step.compares();
         compares.extend(only_if.clone());
-        let mut then = vec![put, step.put("")];
-        then.extend(reads.iter().cloned());
-        let mut find = vec![TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
-        find.extend(step.get_first());
+        let then = [put, step.put("")].into_iter().chain(reads.iter().cloned()).collect::<Vec<_>>();
+        // A first attempt that nothing else speaks against fails only when the lease has ended, or when something on the
+        // way sent it twice: not worth a question with each, the next attempt asks.
+        let asks = again || only_if.is_some();
+        let find = || [TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
+        let find = if asks { find().into_iter().chain(step.get_first()).collect() } else { Vec::new() };
         let response =
             self.core.rpc.txn(key, Txn::new().when(compares).and_then(then).or_else(find)).await?.0;
         let revision = revision(response.header.as_ref().map(Into::into));
@@ -169,6 +173,9 @@ impl Task {
             self.slot.revision = revision;
             let reads = response.responses.into_iter().skip(2).collect();
             return Ok(Outcome::Created(self.created(revision, Some((reads, revision)))));
+        }
+        if !asks {
+            return Ok(Outcome::Stale);
         }
         let answer = |op| RangeAnswer::of(&response.responses, op).and_then(|keys| keys.keys().next());
         let (found, moved, first) = (answer(0), answer(1), answer(2));
