@@ -29,6 +29,7 @@ pub(crate) struct Flags {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Workload {
     Session,
+    /// Modes: a session each (empty), `one`
     MutexUncontended,
     /// Modes: own connections (empty), `shared`, `few` (eight connections), `one` (session)
     MutexContended,

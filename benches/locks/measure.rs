@@ -31,7 +31,7 @@ const SHORT_SECTION: Duration = Duration::from_millis(2);
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Measure {
     LockPair,
-    DistinctLocks { locks: usize },
+    DistinctLocks { locks: usize, one_session: bool },
     Handoff { waiters: usize, busy: bool },
     SlowLink { waiters: usize },
     Throughput { waiters: usize },
@@ -61,7 +61,7 @@ impl Bench {
     pub(crate) async fn measure(&self, measure: Measure) -> Result<Vec<Option<Figure>>> {
         match measure {
             Measure::LockPair => self.lock_pair().await,
-            Measure::DistinctLocks { locks } => self.distinct_locks(locks).await,
+            Measure::DistinctLocks { locks, one_session } => self.distinct_locks(locks, one_session).await,
             Measure::Handoff { waiters, busy } => self.handoff(waiters, busy).await,
             Measure::SlowLink { waiters } => self.slow_link(waiters).await,
             Measure::Throughput { waiters } => self.throughput(waiters).await,
@@ -79,10 +79,13 @@ impl Bench {
         Ok(vec![Some(self.alternate(&ours, &floor).await?.ratio(Line::p50, millis))])
     }
 
-    async fn distinct_locks(&self, locks: usize) -> Result<Vec<Option<Figure>>> {
-        let ours = self.load(Workload::MutexUncontended, locks, 2.0);
-        let floor = self.load(Workload::FloorLockpair, locks, 2.0);
-        Ok(vec![Some(self.alternate(&ours, &floor).await?.ratio(Line::ops_per_s, per_second))])
+    async fn distinct_locks(&self, locks: usize, one_session: bool) -> Result<Vec<Option<Figure>>> {
+        // Many short rounds: with all processors at work it shows most who else uses the machine.
+        let ours = self.load(Workload::MutexUncontended, locks, 0.8);
+        let ours = if one_session { Load { mode: "one".into(), ..ours } } else { ours };
+        let floor = self.load(Workload::FloorLockpair, locks, 0.8);
+        let rounds = Rounds::run(4 * self.count(), async || run(&ours).await, async || run(&floor).await);
+        Ok(vec![Some(rounds.await?.ratio(Line::ops_per_s, per_second))])
     }
 
     async fn handoff(&self, waiters: usize, busy: bool) -> Result<Vec<Option<Figure>>> {

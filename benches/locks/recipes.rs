@@ -54,9 +54,11 @@ pub(crate) async fn session_rate(load: &Load) -> Result<Line> {
     crew.measure(PEER, load.run()).await
 }
 
-/// `n` tasks lock and unlock, each its own name, each with its own session, all on one connection.
+/// `n` tasks lock and unlock, each its own name, all on one connection, and unless the mode says otherwise each with its
+/// own session.
 pub(crate) async fn mutex_uncontended(load: &Load) -> Result<Line> {
-    let load = Load { mode: "shared".into(), ..load.clone() };
+    let mode = if load.mode.is_empty() { "shared" } else { &load.mode };
+    let load = Load { mode: mode.into(), ..load.clone() };
     let sessions = sessions(&load).await?;
     let mut crew = Crew::default();
     for session in &sessions {

@@ -29,6 +29,7 @@ mod place;
 mod wait;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use etcd_client::proto::PbResponseOp;
@@ -40,6 +41,7 @@ use self::wait::Waiter;
 use super::generation::Generation;
 use super::owned_key::{Created, Creation, OwnedKey};
 use super::rpc::{KeyFacts, RangeAnswer, revision};
+use super::slots::Nonce;
 use super::watch::Range;
 use super::{Core, Session};
 use crate::error::{Error, Result};
@@ -55,6 +57,8 @@ pub(crate) struct Line {
     range: Range,
     /// The session's own contenders, the holder included, in the order of the line.
     contenders: Mutex<Contenders>,
+    /// The number in the name of the session's last key here.
+    number: AtomicU32,
 }
 
 /// What one snapshot shows of a contender's place.
@@ -98,7 +102,8 @@ impl Line {
             return Err(Error::InvalidName { name: name::display(name), reason });
         }
         let range = Range::prefix(&prefix);
-        let line = Arc::new(Self { prefix: prefix.clone(), range, contenders: Mutex::default() });
+        let (contenders, number) = (Mutex::default(), AtomicU32::new(0));
+        let line = Arc::new(Self { prefix: prefix.clone(), range, contenders, number });
         lines.insert(prefix, Arc::downgrade(&line));
         Ok(line)
     }
@@ -145,7 +150,7 @@ impl Line {
         let core = session.core();
         // A watch that runs already is joined before the entry is sent: then it covers all that follows the entry.
         let watch = core.deletions.join(&self.range);
-        let nonce = generation.nonces.take();
+        let nonce = self.nonce(generation);
         // Behind a waiter of this session the standing does not matter, and reading it costs etcd a walk over the line.
         let alone = self.contenders().len() < 2;
         let creation = Creation {
@@ -173,6 +178,13 @@ impl Line {
         Place::new(session.clone(), key, membership, watch, token)
     }
 
+    /// A number for the next key here: that of the last one, if it can be.
+    fn nonce(&self, generation: &Generation) -> Nonce {
+        let nonce = generation.nonces.take(self.number.load(Ordering::Relaxed));
+        self.number.store(nonce.number, Ordering::Relaxed);
+        nonce
+    }
+
     /// Takes the first place if nobody is in the line.
     ///
     /// # Cancel safety
@@ -187,7 +199,7 @@ impl Line {
         let core = session.core();
         let nobody = Compare::create_revision(self.prefix.as_bytes(), CompareOp::Equal, 0)
             .with_range(self.prefix.end());
-        let nonce = generation.nonces.take();
+        let nonce = self.nonce(&generation);
         let creation = Creation {
             key: self.prefix.place(generation.lease.get(), nonce.number),
             nonce,

@@ -18,6 +18,7 @@
 //! step of a slot compares with a key that was never there. So slot 0 is put right after the grant, and the first step of
 //! every other slot compares its create revision as well.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -85,7 +86,7 @@ impl Slot {
 /// names of a generation, so a number whose key may still exist is out of use everywhere.
 #[derive(Debug, Default)]
 pub(crate) struct Nonces {
-    free: Mutex<Vec<u32>>,
+    free: Mutex<BTreeSet<u32>>,
     made: AtomicU32,
 }
 
@@ -98,9 +99,13 @@ pub(crate) struct Nonce {
 }
 
 impl Nonces {
-    pub(crate) fn take(self: &Arc<Self>) -> Nonce {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let number = free.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
+    /// Lends `wanted` if it is free, so that who asks for the number it had last has one name all the time; otherwise
+    /// the lowest.
+    pub(crate) fn take(self: &Arc<Self>, wanted: u32) -> Nonce {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = if free.remove(&wanted) { Some(wanted) } else { free.pop_first() };
+        drop(free);
+        let number = number.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
         Nonce { pool: self.clone(), number }
     }
 }
@@ -108,7 +113,7 @@ impl Nonces {
 impl Nonce {
     /// The key is gone.
     pub(crate) fn give_back(self) {
-        self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
+        self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).insert(self.number);
     }
 }
 

@@ -75,3 +75,22 @@ async fn an_entry_whose_first_copy_is_not_answered_for_finds_its_place() {
     assert!(guard.create_revision() > entered + 2);
     assert_eq!((session.lease_id(), server.keys("lock/").len()), (Some(lease), 1));
 }
+
+/// etcd keeps an index entry of every name, and each lock's range walks over all of its own.
+#[tokio::test(start_paused = true)]
+async fn a_line_has_the_same_key_again_whatever_else_the_session_locks() {
+    let (_server, _link, session) = begin().await;
+    let (one, other) = (Mutex::new(&session, "one").unwrap(), Mutex::new(&session, "other").unwrap());
+    let mut keys = Vec::new();
+    for one_first in [true, false, false, true] {
+        let (first, second) = if one_first { (&one, &other) } else { (&other, &one) };
+        let guards = [first.lock().await.unwrap(), second.lock().await.unwrap()];
+        keys.extend(guards.iter().map(|guard| guard.key().to_vec()));
+        for guard in guards {
+            guard.unlock().await.unwrap();
+        }
+    }
+    keys.sort();
+    keys.dedup();
+    assert_eq!(keys.len(), 2);
+}

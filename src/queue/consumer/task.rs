@@ -383,7 +383,7 @@ impl Task {
 /// Says that this consumer waits.
 async fn enlist(means: Arc<Means>) -> Option<OwnedKey> {
     let generation = means.core.generation().await.ok()?;
-    let nonce = generation.nonces.take();
+    let nonce = generation.nonces.take(0);
     let key = means.keys.consumer(generation.lease.get(), nonce.number);
     let creation = Creation { key, nonce, value: Vec::new(), only_if: None, reads: Vec::new() };
     match creation.run(&means.core, &generation).await {
