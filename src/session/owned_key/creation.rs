@@ -68,7 +68,7 @@ struct Task {
 /// What one answered attempt says.
 enum Outcome {
     Created(Created),
-    /// `only_if` did not hold.
+    /// `only_if` did not hold, and no copy of any attempt will be applied when it does.
     Not,
     /// The slot had moved, so nothing was done: try again.
     Stale,
@@ -93,17 +93,6 @@ impl Pending {
                 Ok(Outcome::Created(created)) => {
                     self.settle();
                     return Ok(Some(created));
-                }
-                // An attempt may still be under way, and would succeed once nothing speaks against it any more.
-                Ok(Outcome::Not) if unanswered => {
-                    let Some(task) = self.0.take() else { break };
-                    let core = task.core.clone();
-                    let give_up = async move {
-                        task.give_up().await;
-                        Ok(None)
-                    };
-                    // Boxed, because it is large and rarely runs.
-                    return Box::pin(core.to_the_end(give_up)).await;
                 }
                 Ok(Outcome::Not) => {
                     task.nonce.take().into_iter().for_each(Nonce::give_back);
@@ -165,7 +154,11 @@ impl Task {
         // way sent it twice: not worth a question with each, the next attempt asks.
         let asks = again || only_if.is_some();
         let find = || [TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
-        let find = if asks { find().into_iter().chain(step.get_first()).collect() } else { Vec::new() };
+        let mut find = if asks { find().into_iter().chain(step.get_first()).collect() } else { Vec::new() };
+        if only_if.is_some() {
+            // Or a copy that comes late would be applied when nothing speaks against it any more.
+            find.push(TxnOp::txn(Txn::new().when(step.compares()).and_then([step.put("")])));
+        }
         let response =
             self.core.rpc.txn(key, Txn::new().when(compares).and_then(then).or_else(find)).await?.0;
         let revision = revision(response.header.as_ref().map(Into::into));
@@ -184,7 +177,11 @@ impl Task {
         Ok(match found {
             _ if step.shows_end(now, first.as_ref()) => Outcome::Ended,
             Some(found) => Outcome::Created(self.created(found.create_revision, None)),
-            None if seen == now => Outcome::Not,
+            // Then the slot was moved after it was read.
+            None if seen == now => {
+                self.slot.revision = revision;
+                Outcome::Not
+            }
             None => Outcome::Stale,
         })
     }

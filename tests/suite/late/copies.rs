@@ -53,6 +53,24 @@ fn late_entry_does_not_touch_the_next_hold() {
     });
 }
 
+/// Whoever tries and does not get the lock is done with it, also when it is free by the time a copy arrives.
+#[test]
+fn late_try_that_failed_does_not_take_the_lock() {
+    side_by_side(COPIES, async |scope, copy| {
+        let rig = Rig::new(scope, "lock").await;
+        let holder = Foreign::enter(scope, &rig.name).await;
+        let late = rig.txns().inject(copy.fault());
+        assert!(rig.mutex().try_lock().await.unwrap().is_none());
+        holder.leave().await;
+        arrive(&late).await;
+        assert!(rig.line().await.is_empty(), "{copy:?}");
+        let guard = rig.mutex().try_lock().await.unwrap().expect("somebody has it");
+        assert_holds(&rig, &guard).await;
+        guard.unlock().await.unwrap();
+        rig.close().await;
+    });
+}
+
 #[test]
 fn late_entry_does_not_move_the_next_waiter() {
     side_by_side(COPIES, async |scope, copy| {
