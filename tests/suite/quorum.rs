@@ -191,7 +191,8 @@ async fn a_quorum_away_costs_sessions_only_after_their_deadline() {
     let cluster = Cluster::start().await;
     scoped_on(cluster.member(2), async |scope| {
         let mut late = Samples::default();
-        for _ in 0..if full() { 20 } else { 1 } {
+        // One round among others on a machine that stands still for a moment is not to decide.
+        for _ in 0..if full() { 20 } else { 3 } {
             short_outage(scope, &cluster).await;
             for time in long_outage(scope, &cluster).await {
                 late.add(time);
