@@ -119,7 +119,7 @@ pub(crate) fn slot(namespace: &str, lease: i64, index: u32) -> Vec<u8> {
     key
 }
 
-/// Adds a number in lower-case hexadecimal digits. Every lock makes such keys, and `format!` takes ten times as long.
+/// Adds a number in lower-case hexadecimal digits. Every lock makes such keys, and `format!` takes five times as long.
 fn push_hex(key: &mut Vec<u8>, number: u64) {
     let digits = (u64::BITS - number.leading_zeros()).div_ceil(4).max(1);
     for digit in (0..digits).rev() {
@@ -224,6 +224,8 @@ mod tests {
         assert_eq!(prefix.as_bytes(), b"/a//b\xff/");
         assert_eq!(prefix.end(), b"/a//b\xff0");
         assert_eq!(prefix.place(0xAB, 1), b"/a//b\xff/ab-1");
+        assert_eq!(prefix.place(i64::MAX, 0), b"/a//b\xff/7fffffffffffffff-0");
+        assert_eq!(slot("_ns/", 0x10, u32::MAX), b"_ns/10/op/ffffffff");
     }
 
     #[test]

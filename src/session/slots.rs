@@ -5,8 +5,9 @@
 //! A request without an answer may still be applied, later, even after its key was created, used and deleted by
 //! another copy of it. So the transaction that creates a key also takes a step of an *op slot*: it compares the slot's
 //! last `mod_revision` and writes the slot. The first copy to be applied moves the slot; every other finds it moved
-//! and does nothing, for ever, since revisions never come back. An operation that is given up moves the slot itself,
-//! in the transaction that deletes its key, which compares the slot as well. Slots are bookkeeping keys on the lease,
+//! and does nothing, for ever, since revisions never come back. A copy that finds a condition of the operation broken
+//! moves the slot as well, or another would be applied when the condition holds. An operation that is given up moves the
+//! slot itself, in the transaction that deletes its key, which compares the slot as well. Slots are bookkeeping keys on the lease,
 //! used again and again; their cost is one more put in a transaction that is sent anyway.
 //!
 //! A deletion compares the key's create revision, so copies of it are harmless by themselves.
