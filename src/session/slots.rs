@@ -7,8 +7,8 @@
 //! last `mod_revision` and writes the slot. The first copy to be applied moves the slot; every other finds it moved
 //! and does nothing, for ever, since revisions never come back. A copy that finds a condition of the operation broken
 //! moves the slot as well, or another would be applied when the condition holds. An operation that is given up moves the
-//! slot itself, in the transaction that deletes its key, which compares the slot as well. Slots are bookkeeping keys on the lease,
-//! used again and again; their cost is one more put in a transaction that is sent anyway.
+//! slot itself, in the transaction that deletes its key, which compares the slot as well. Slots are bookkeeping keys on
+//! the lease, used again and again; their cost is one more put in a transaction that is sent anyway.
 //!
 //! A deletion compares the key's create revision, so copies of it are harmless by themselves.
 //!
