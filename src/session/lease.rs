@@ -6,6 +6,7 @@
 
 mod grant;
 
+use std::num::NonZeroI64;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,11 +106,9 @@ impl Keeper {
         }
     }
 
-    /// Renews the lease: first on the open stream; while no answer comes, on more streams through the other members.
+    /// Renews the lease, in time or not.
     async fn renew(&self, generation: &Generation) -> bool {
-        let (keepalives, runtime) = (&self.transport.keepalives, &self.rpc().runtime);
-        let patience = self.patience();
-        let mut backoff = Backoff::new(patience / 4, patience);
+        let (runtime, patience) = (&self.rpc().runtime, self.patience());
         while !self.application_lives() {
             self.suspend(generation);
             tokio::select! {
@@ -118,7 +117,30 @@ impl Keeper {
                 () = tokio::time::sleep(patience) => {}
             }
         }
-        let renew = |stream: Stream| async move { keepalives.renew(&stream, generation.lease).await };
+        tokio::select! {
+            biased;
+            beat = self.beat(generation.lease, || self.suspend(generation)) => {
+                let Some(deadline) = beat else {
+                    tracing::warn!("etcd says that the lease is gone");
+                    return false;
+                };
+                let alive = generation.extend(deadline);
+                if alive {
+                    self.resume(generation);
+                }
+                alive
+            }
+            () = runtime.sleep_until(generation.deadline()) => generation.is_alive(),
+        }
+    }
+
+    /// Sends keepalives until one counts: first on the open stream; while no answer comes, on more streams through the
+    /// other members, and `late` is called each time. The new local deadline; `None` if the lease is gone.
+    async fn beat(&self, lease: NonZeroI64, late: impl Fn()) -> Option<Time> {
+        let (keepalives, runtime) = (&self.transport.keepalives, &self.rpc().runtime);
+        let patience = self.patience();
+        let mut backoff = Backoff::new(patience / 4, patience);
+        let renew = |stream: Stream| async move { keepalives.renew(&stream, lease).await };
         let (mut stream, mut beats) = (keepalives.stream(), FuturesUnordered::new());
         beats.push(renew(stream.clone()));
         let mut next = tokio::time::sleep(patience).boxed();
@@ -126,29 +148,19 @@ impl Keeper {
             tokio::select! {
                 biased;
                 Some(beat) = beats.next() => match beat {
-                    Beat::Confirmed(renewal) => {
-                        let alive = generation.extend(local_deadline(renewal.sent, renewal.ttl));
-                        if alive {
-                            self.resume(generation);
-                        }
-                        return alive;
-                    }
-                    Beat::Gone => {
-                        tracing::warn!("etcd says that the lease is gone");
-                        return false;
-                    }
+                    Beat::Confirmed(renewal) => return Some(local_deadline(renewal.sent, renewal.ttl)),
+                    Beat::Gone => return None,
                     Beat::Nothing if beats.is_empty() => {
                         next = tokio::time::sleep(backoff.pause(runtime)).boxed();
                     }
                     Beat::Nothing => {}
                 },
                 () = &mut next => {
-                    self.suspend(generation);
+                    late();
                     stream = keepalives.instead_of(&stream);
                     beats.push(renew(stream.clone()));
                     next = tokio::time::sleep(patience + runtime.jitter(patience)).boxed();
                 }
-                () = runtime.sleep_until(generation.deadline()) => return generation.is_alive(),
             }
         }
     }

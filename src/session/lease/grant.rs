@@ -12,7 +12,6 @@ use futures::{FutureExt as _, TryFutureExt as _};
 use super::{Keeper, local_deadline};
 use crate::error::{Error, Result};
 use crate::session::generation::Generation;
-use crate::session::keepalive::Beat;
 use crate::session::rpc::{Failure, RangeAnswer, Rpc, revision};
 use crate::session::runtime::{Backoff, Time};
 use crate::session::slots::Slots;
@@ -122,20 +121,9 @@ impl Keeper {
                     let ttl = Duration::from_secs(u64::try_from(granted.ttl()).unwrap_or(0));
                     Some(local_deadline(sent, ttl))
                 }
-                // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives.
-                Err(Failure::LeaseExists) if sent_before => {
-                    let keepalives = &self.transport.keepalives;
-                    let stream = keepalives.stream();
-                    match keepalives.renew(&stream, lease).await {
-                        Beat::Confirmed(renewal) => Some(local_deadline(renewal.sent, renewal.ttl)),
-                        // Its time was over before it was known.
-                        Beat::Gone => None,
-                        Beat::Nothing => {
-                            keepalives.instead_of(&stream);
-                            None
-                        }
-                    }
-                }
+                // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives, unless its time was
+                // over before it was known.
+                Err(Failure::LeaseExists) if sent_before => self.beat(lease, || {}).await,
                 Err(Failure::LeaseExists) => {
                     lease = self.random_lease();
                     None

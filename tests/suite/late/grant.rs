@@ -145,3 +145,21 @@ async fn cancelled_connect_leaves_no_lease() {
     })
     .await;
 }
+
+/// That a lease exists does not tell for how long; a keepalive does, and the stream it is sent on may stand still.
+#[tokio::test]
+async fn lost_answer_of_a_grant_does_not_wait_for_a_silent_stream() {
+    let server = Server::fast().await;
+    scoped_on(&server, async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        faults.next("LeaseGrant", Fault::NeverAnswer);
+        faults.swallow_requests("LeaseKeepAlive", 1);
+        // An attempt is given up after two seconds, a stream after four.
+        let builder = Session::builder_with_client(faults.client().await).ttl(TTL);
+        let session = builder.connect_timeout(Duration::from_secs(3)).connect().await.unwrap();
+        assert_eq!(leases(scope).await, BTreeSet::from([session.lease_id().unwrap()]));
+        assert_eq!(faults.calls("LeaseKeepAlive"), 2);
+        session.close().await.unwrap();
+    })
+    .await;
+}
