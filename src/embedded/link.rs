@@ -10,6 +10,8 @@ use futures::future::BoxFuture;
 use futures::stream::unfold;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio_util::bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -58,6 +60,8 @@ pub enum Fault {
     LoseAnswer,
     /// The request is held back until [`Injection::release`], also when the client has given up meanwhile.
     Hold,
+    /// The request is served and answered, and arrives a second time upon [`Injection::release`]. A stream arrives once.
+    Twice,
 }
 
 /// A fault laid into a link; see [`Link::inject`].
@@ -296,18 +300,9 @@ async fn serve(mut routes: Routes, request: Request) -> Response {
 }
 
 impl Laid {
-    /// The request as it arrives even if the link is cut meanwhile. A stream of requests is never whole.
-    async fn whole(&self, request: Request) -> Result<Request, BoxError> {
-        if ["Watch", "LeaseKeepAlive"].contains(&self.method.as_str()) {
-            return Ok(request);
-        }
-        let (parts, body) = request.into_parts();
-        Ok(Request::from_parts(parts, Body::new(Full::new(body.collect().await?.to_bytes()))))
-    }
-
     async fn meet(
-        self: &Arc<Self>,
-        shared: &Arc<Shared>,
+        self: Arc<Self>,
+        shared: &Shared,
         routes: Routes,
         request: Request,
     ) -> Result<Response, BoxError> {
@@ -318,20 +313,49 @@ impl Laid {
                 Err(Status::unavailable("the answer was lost by an injected fault").into())
             }
             Fault::Hold => {
-                let request = self.whole(request).await?;
-                // A request on its way arrives also when nobody waits for the answer any more.
-                let (laid, closing) = (self.clone(), shared.closing.clone());
-                let held = tokio::spawn(async move {
-                    tokio::select! {
-                        biased;
-                        () = laid.released.cancelled() => Some(serve(routes, request).await),
-                        () = closing.cancelled() => None,
-                    }
-                });
-                held.await.ok().flatten().ok_or_else(|| broken().into())
+                let request = if self.is_stream() { request } else { whole(request).await?.map(body) };
+                self.late(shared, routes, request).await.ok().flatten().ok_or_else(|| broken().into())
+            }
+            Fault::Twice if self.is_stream() => Ok(serve(routes, request).await),
+            Fault::Twice => {
+                let request = whole(request).await?;
+                self.late(shared, routes.clone(), request.clone().map(body));
+                Ok(serve(routes, request.map(body)).await)
             }
         }
     }
+
+    /// Its requests are never whole.
+    fn is_stream(&self) -> bool {
+        ["Watch", "LeaseKeepAlive"].contains(&self.method.as_str())
+    }
+
+    /// Serves a request once it is released: one on its way arrives also when nobody waits for the answer any more.
+    fn late(
+        self: Arc<Self>,
+        shared: &Shared,
+        routes: Routes,
+        request: Request,
+    ) -> JoinHandle<Option<Response>> {
+        let closing = shared.closing.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                () = self.released.cancelled() => Some(serve(routes, request).await),
+                () = closing.cancelled() => None,
+            }
+        })
+    }
+}
+
+/// A request as it arrives even if the link is cut meanwhile.
+async fn whole(request: Request) -> Result<http::Request<Bytes>, BoxError> {
+    let (parts, body) = request.into_parts();
+    Ok(http::Request::from_parts(parts, body.collect().await?.to_bytes()))
+}
+
+fn body(bytes: Bytes) -> Body {
+    Body::new(Full::new(bytes))
 }
 
 impl std::fmt::Debug for Link {

@@ -90,7 +90,18 @@ async fn faults_meet_the_requests_they_are_for() {
         }
     };
     tokio::time::timeout(Duration::from_secs(1), arrived).await.unwrap();
+    let twice = link.inject("Put", Fault::Twice, 1);
     client.put("c", "4", None).await.unwrap();
+    client.put("c", "5", None).await.unwrap();
+    assert_eq!((server.keys("c")[0].value.as_slice(), twice.hits()), (&b"5"[..], 1));
+    twice.release();
+    let again = async {
+        while server.keys("c")[0].value == b"5" {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(1), again).await.unwrap();
+    assert_eq!(server.keys("c")[0].value, b"4");
 }
 
 #[tokio::test(start_paused = true)]

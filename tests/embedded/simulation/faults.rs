@@ -1,4 +1,5 @@
-//! What goes wrong: links that are cut or stalled, requests refused, held back or answered in vain, leases that end.
+//! What goes wrong: links that are cut or stalled, requests refused, held back, answered in vain or sent twice, leases
+//! that end.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -80,7 +81,7 @@ async fn storm(
         tokio::time::sleep(Duration::from_millis(random.u64(1..800))).await;
         let number = random.usize(..links.len());
         let (link, method) = (&links[number], METHODS[random.usize(..METHODS.len())]);
-        let what = random.u8(..20);
+        let what = random.u8(..23);
         trace.note(format!("fault {what} at process {number}, {method}"));
         match what {
             0..5 => drop(link.inject(method, Fault::LoseAnswer, random.usize(1..4))),
@@ -93,6 +94,7 @@ async fn storm(
                     held.swap_remove(which).release();
                 }
             }
+            20..23 => held.lock().unwrap().push(link.inject(method, Fault::Twice, 1)),
             14 | 15 => link.cut(),
             16 => link.stall(),
             17 if kinds.revokes => {

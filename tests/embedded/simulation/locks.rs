@@ -115,7 +115,15 @@ async fn contend(session: Session, oracle: Arc<Shared<Oracle>>, mut random: Rng)
     for _ in 0..random.usize(3..12) {
         tokio::time::sleep(Duration::from_millis(random.u64(..2_000))).await;
         let patience = Duration::from_millis(if random.bool() { random.u64(1..3_000) } else { 60_000 });
-        let Ok(Ok(guard)) = tokio::time::timeout(patience, mutex.lock()).await else { continue };
+        let guard = if random.u8(..3) == 0 {
+            let Ok(Ok(Some(guard))) = tokio::time::timeout(patience, mutex.try_lock()).await else {
+                continue;
+            };
+            guard
+        } else {
+            let Ok(Ok(guard)) = tokio::time::timeout(patience, mutex.lock()).await else { continue };
+            guard
+        };
         let guard = Arc::new(guard);
         let token = guard.token();
         let seen = guard.clone();
