@@ -18,6 +18,9 @@
 //! a waiter has a *base*: the revision of the last read that showed its own key and all that are ahead. A deletion
 //! counts if its revision is above the base, and the watch must tell everything above the base.
 //!
+//! A watch that is new may be told up to 100 ms late ([`Subscription::may_lag`]). Where the line moves faster, that would
+//! hold it up: a waiter that hears nothing when the line should have moved watches anew, and reads.
+//!
 //! # The token
 //!
 //! The fencing token is a revision at which one snapshot shows the own key and nobody ahead: that of the entering
@@ -34,6 +37,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use etcd_client::proto::PbResponseOp;
 use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, SortOrder, SortTarget, TxnOp};
+use tokio::time::Instant;
 
 use self::contenders::{Contenders, Membership, Position};
 pub(crate) use self::place::Place;
@@ -163,7 +167,9 @@ impl Line {
         let lost = || Error::Lost { key: name::display(self.prefix.as_bytes()) };
         // Boxed, because it is over before the wait begins, and a waiter that only waits should be small.
         let Created { key, reads } = Box::pin(creation.run(core, generation)).await?.ok_or_else(lost)?;
-        let position = Position::of(key.facts());
+        let (entered, position) = (Instant::now(), Position::of(key.facts()));
+        let length = reads.as_ref().and_then(|(reads, _)| Some(RangeAnswer::of(reads, 0)?.count()));
+        let behind = length.and_then(|length| usize::try_from(length - 1).ok()).unwrap_or(0);
         let standing = match reads {
             Some((reads, revision)) if alone => {
                 Some(self.standing(&reads, 0, &position, revision).ok_or_else(lost)?)
@@ -171,8 +177,17 @@ impl Line {
             _ => None,
         };
         let membership = Membership::join(self.clone(), position);
-        let mut waiter =
-            Waiter { core, generation, line: self, facts: key.facts(), membership: &membership, watch };
+        let mut waiter = Waiter {
+            core,
+            generation,
+            line: self,
+            facts: key.facts(),
+            membership: &membership,
+            watch,
+            entered,
+            behind,
+            doubts: 0,
+        };
         let token = waiter.wait(standing).await?;
         let watch = waiter.watch.take();
         Place::new(session.clone(), key, membership, watch, token)

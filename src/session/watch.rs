@@ -136,6 +136,8 @@ struct Watch {
     fragments: Vec<PbEvent>,
     /// It was asked for on an earlier stream, or is on this one.
     asked: bool,
+    /// It has told something.
+    in_step: bool,
     lingers: bool,
     alone_since: Option<Instant>,
     /// Of whoever wants to know whether the watch is being told.
@@ -290,6 +292,16 @@ impl Subscription {
         }
     }
 
+    /// Whether what the watch tells may be up to 100 ms late, as far as can be known at `revision`.
+    ///
+    /// etcd up to 3.5 begins a watch from "now" after the revision it has just looked up. When a write comes between, that is
+    /// one of the past, and such watches are served ten times a second until they have caught up.
+    pub(crate) fn may_lag(&self, revision: i64) -> bool {
+        let table = self.shared.table();
+        let late = |watch: &Watch| !watch.in_step && watch.told.is_some_and(|told| told < revision);
+        table.watches.get(&self.watch).is_some_and(late)
+    }
+
     /// Waits for the next changes.
     pub(crate) async fn next(&mut self) -> Result<News> {
         loop {
@@ -337,6 +349,7 @@ impl Watch {
             subscribers: Vec::new(),
             fragments: Vec::new(),
             asked: false,
+            in_step: false,
             lingers: false,
             alone_since: None,
             freshness,
@@ -366,7 +379,7 @@ impl Watch {
             .filter(|event| event.revision > told && range.contains(event.key()))
             .collect();
         if let Some(last) = events.last() {
-            self.told = Some(last.revision);
+            (self.told, self.in_step) = (Some(last.revision), true);
             self.tell(&Message::Events(events));
         }
     }

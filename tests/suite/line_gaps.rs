@@ -8,6 +8,8 @@ use tokio::task::JoinHandle;
 
 use crate::support::background;
 use crate::support::check::{Scope, eventually, scoped_on};
+use crate::support::faults::{Fault, Faults, Until};
+use crate::support::line::{Foreign, line};
 use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
@@ -183,6 +185,42 @@ async fn a_holder_that_was_cut_off_while_nothing_happened_keeps_the_lock() {
         held.unlock().await.unwrap();
         far.close().await.unwrap();
         scope.client().delete("unrelated", None).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_waiter_whose_new_watch_may_lag_does_not_rely_on_it() {
+    const MANY: usize = 12;
+    let server = Server::fast().await;
+    scoped_on(&server, async |scope| {
+        let others = Foreign::crowd(scope, scope.name(), MANY).await;
+        let faults = Faults::new(scope.endpoint());
+        let builder = Session::builder_with_client(faults.client().await).ttl(Duration::from_secs(60));
+        let session = connect(scope, builder).await;
+        let waiter = lock(mutex(&session, scope));
+        let created = async || faults.messages_received("Watch") == 1;
+        eventually(PATIENCE, "it watches a key some places ahead", created).await;
+        let looks = || faults.on("Range").containing(format!("{}/", scope.name()));
+        let look = looks().inject(Fault::Hold(Until::Released));
+        let further = looks().always().inject(Fault::Hold(Until::After(Duration::ZERO)));
+        let (mut client, unrelated) = (scope.client(), format!("{}-unrelated", scope.name()));
+        for entry in line(&mut client, scope.name()).await.iter().take(MANY - 7) {
+            client.delete(entry.key.as_str(), None).await.unwrap();
+        }
+        // It watches the line now. This may be the write that etcd takes for an earlier one.
+        look.hit(1).await;
+        client.put(unrelated.as_str(), "", None).await.unwrap();
+        look.release();
+        // Nothing happens for longer than between the others before.
+        further.hit(1).await;
+        // The second time nothing came between, so nothing is in doubt.
+        let again = tokio::time::timeout(Duration::from_millis(500), further.hit(2)).await;
+        assert!(again.is_err(), "it looks again and again");
+        others.leave().await;
+        taken(waiter).await.unlock().await.unwrap();
+        client.delete(unrelated, None).await.unwrap();
+        session.close().await.unwrap();
     })
     .await;
 }

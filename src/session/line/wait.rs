@@ -1,8 +1,10 @@
 //! The way of a contender to the front of its line.
 
+use std::pin::pin;
 use std::sync::{Arc, PoisonError};
 
 use etcd_client::GetOptions;
+use tokio::time::Instant;
 
 use super::{Line, Membership, Standing};
 use crate::error::Result;
@@ -21,7 +23,16 @@ pub(super) struct Waiter<'a> {
     pub(super) membership: &'a Membership,
     /// A share of the line's watch.
     pub(super) watch: Option<Subscription>,
+    /// When it entered.
+    pub(super) entered: Instant,
+    /// How many were ahead then; 0 if unknown.
+    pub(super) behind: usize,
+    /// How often it watched the line anew because nothing came.
+    pub(super) doubts: u8,
 }
+
+/// How often a waiter watches the line anew because nothing comes. Each of these watches is in step most likely.
+const DOUBTS: u8 = 3;
 
 /// Why a waiter looks again.
 enum Wake {
@@ -29,7 +40,7 @@ enum Wake {
     First(i64),
     /// What is ahead may have changed; this is known of it.
     Look(Option<Standing>),
-    /// The key it watched is gone, so the front is near.
+    /// The key it watched is gone, so the front is near; or the line should have moved, and the watch may lag.
     Near,
 }
 
@@ -97,10 +108,16 @@ impl Waiter<'_> {
         }
         let Some(mut watch) = self.watch.take() else { return Ok(Wake::Look(None)) };
         let mut heard = standing.revision;
+        let mut silent = self.doubts < DOUBTS && watch.may_lag(standing.revision);
+        let mut overdue = pin!(self.overdue(&standing));
         loop {
             let news = tokio::select! {
                 biased;
                 news = watch.next() => news?,
+                () = &mut overdue, if silent => {
+                    self.doubts += 1;
+                    return Ok(Wake::Near);
+                }
                 told = self.mail() => match told {
                     // Older than what was heard already: going back would wait for deletions that came before.
                     Some(told) if told.revision <= heard => continue,
@@ -111,6 +128,7 @@ impl Waiter<'_> {
                 },
             };
             let News::Events(events) = news else { return Ok(Wake::Look(None)) };
+            silent = false;
             heard = events.last().map_or(heard, |event| event.revision.max(heard));
             let mut emptied = None;
             for event in events.iter().filter(|event| event.revision > standing.revision) {
@@ -126,6 +144,18 @@ impl Waiter<'_> {
             if let Some(token) = emptied {
                 self.watch = Some(watch);
                 return Ok(Wake::First(token));
+            }
+        }
+    }
+
+    /// Waits until the line should have moved, if it goes on as it went so far.
+    fn overdue(&self, standing: &Standing) -> impl Future<Output = ()> + use<> {
+        let gone = self.behind.checked_sub(standing.ahead.len()).and_then(|gone| u32::try_from(gone).ok());
+        let pace = gone.and_then(|gone| self.entered.elapsed().checked_div(gone));
+        async move {
+            match pace {
+                Some(pace) => tokio::time::sleep(pace * 3).await,
+                None => std::future::pending().await,
             }
         }
     }
