@@ -18,7 +18,7 @@
 //! a waiter has a *base*: the revision of the last read that showed its own key and all that are ahead. A deletion
 //! counts if its revision is above the base, and the watch must tell everything above the base.
 //!
-//! A watch that is new may be told up to 100 ms late ([`Subscription::may_lag`]). Where the line moves faster, that would
+//! A watch that is new may be told up to 100 ms late (`Subscription::may_lag`). Where the line moves faster, that would
 //! hold it up: a waiter that hears nothing when the line should have moved watches anew, and reads.
 //!
 //! # The token
