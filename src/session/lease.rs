@@ -106,7 +106,7 @@ impl Keeper {
         }
     }
 
-    /// Renews the lease, in time or not.
+    /// Renews the lease; false if it is lost.
     async fn renew(&self, generation: &Generation) -> bool {
         let (runtime, patience) = (&self.rpc().runtime, self.patience());
         while !self.application_lives() {

@@ -18,8 +18,9 @@
 //! a waiter has a *base*: the revision of the last read that showed its own key and all that are ahead. A deletion
 //! counts if its revision is above the base, and the watch must tell everything above the base.
 //!
-//! A watch that is new may be told up to 100 ms late (`Subscription::may_lag`). Where the line moves faster, that would
-//! hold it up: a waiter that hears nothing when the line should have moved watches anew, and reads.
+//! A watch that is new may be told up to 100 ms late (`Subscription::may_lag`), which would hold up a line that moves
+//! faster. So a waiter that has come forward in the line, and hears nothing when it should have moved on, watches anew
+//! and reads.
 //!
 //! # The token
 //!
@@ -169,7 +170,7 @@ impl Line {
         let Created { key, reads } = Box::pin(creation.run(core, generation)).await?.ok_or_else(lost)?;
         let (entered, position) = (Instant::now(), Position::of(key.facts()));
         let length = reads.as_ref().and_then(|(reads, _)| Some(RangeAnswer::of(reads, 0)?.count()));
-        let behind = length.and_then(|length| usize::try_from(length - 1).ok()).unwrap_or(0);
+        let ahead_at_entry = length.and_then(|length| usize::try_from(length - 1).ok()).unwrap_or(0);
         let standing = match reads {
             Some((reads, revision)) if alone => {
                 Some(self.standing(&reads, 0, &position, revision).ok_or_else(lost)?)
@@ -185,7 +186,7 @@ impl Line {
             membership: &membership,
             watch,
             entered,
-            behind,
+            ahead_at_entry,
             doubts: 0,
         };
         let token = waiter.wait(standing).await?;

@@ -136,7 +136,7 @@ struct Watch {
     fragments: Vec<PbEvent>,
     /// It was asked for on an earlier stream, or is on this one.
     asked: bool,
-    /// It has told something.
+    /// It has told something on this stream, so it does not lag behind.
     in_step: bool,
     lingers: bool,
     alone_since: Option<Instant>,
@@ -294,8 +294,8 @@ impl Subscription {
 
     /// Whether what the watch tells may be up to 100 ms late, as far as can be known at `revision`.
     ///
-    /// etcd up to 3.5 begins a watch from "now" after the revision it has just looked up. When a write comes between, that is
-    /// one of the past, and such watches are served ten times a second until they have caught up.
+    /// etcd up to 3.5 begins a watch from "now" after the revision it has just looked up. When a write comes between, that
+    /// is one of the past, and such watches are served ten times a second until they have caught up.
     pub(crate) fn may_lag(&self, revision: i64) -> bool {
         let table = self.shared.table();
         let late = |watch: &Watch| !watch.in_step && watch.told.is_some_and(|told| told < revision);

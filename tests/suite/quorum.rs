@@ -154,8 +154,8 @@ async fn short_outage(scope: &Scope, cluster: &Cluster) {
     pair.give().await;
 }
 
-/// An outage that no session outlives. For how long etcd had been answering when the sessions
-/// had their next generation.
+/// An outage that no session outlives. For how long etcd had been answering when the sessions had their next
+/// generation.
 async fn long_outage(scope: &Scope, cluster: &Cluster) -> Vec<Duration> {
     let Pair { sessions, states, held, beliefs, waiting } = Pair::start(scope, cluster).await;
     let observer = Deletions::below(&cluster.member(0).endpoint(), scope.name()).await;

@@ -123,7 +123,12 @@ impl Keeper {
                 }
                 // Ours, from an attempt whose answer was lost: a keepalive tells how long it lives, unless its time was
                 // over before it was known.
-                Err(Failure::LeaseExists) if sent_before => self.beat(lease, || {}).await,
+                Err(Failure::LeaseExists) if sent_before => {
+                    let mut unused = Unused { keeper: self, lease: Some(lease) };
+                    let deadline = self.beat(lease, || {}).await;
+                    unused.lease = None;
+                    deadline
+                }
                 Err(Failure::LeaseExists) => {
                     lease = self.random_lease();
                     None

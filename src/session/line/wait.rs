@@ -2,6 +2,7 @@
 
 use std::pin::pin;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use etcd_client::GetOptions;
 use tokio::time::Instant;
@@ -26,13 +27,16 @@ pub(super) struct Waiter<'a> {
     /// When it entered.
     pub(super) entered: Instant,
     /// How many were ahead then; 0 if unknown.
-    pub(super) behind: usize,
+    pub(super) ahead_at_entry: usize,
     /// How often it watched the line anew because nothing came.
     pub(super) doubts: u8,
 }
 
 /// How often a waiter watches the line anew because nothing comes. Each of these watches is in step most likely.
 const DOUBTS: u8 = 3;
+
+/// By then a watch has caught up that lagged behind.
+const LAG: Duration = Duration::from_millis(100);
 
 /// Why a waiter looks again.
 enum Wake {
@@ -148,13 +152,16 @@ impl Waiter<'_> {
         }
     }
 
-    /// Waits until the line should have moved, if it goes on as it went so far.
+    /// Waits until the line should have moved, if it goes on as it went since the entry; for ever if that is not known,
+    /// or so slow that a watch that lags is in time.
     fn overdue(&self, standing: &Standing) -> impl Future<Output = ()> + use<> {
-        let gone = self.behind.checked_sub(standing.ahead.len()).and_then(|gone| u32::try_from(gone).ok());
+        let gone = self.ahead_at_entry.checked_sub(standing.ahead.len());
+        let gone = gone.and_then(|gone| u32::try_from(gone).ok());
         let pace = gone.and_then(|gone| self.entered.elapsed().checked_div(gone));
+        let pause = pace.map(|pace| pace * 3).filter(|pause| *pause < LAG);
         async move {
-            match pace {
-                Some(pace) => tokio::time::sleep(pace * 3).await,
+            match pause {
+                Some(pause) => tokio::time::sleep(pause).await,
                 None => std::future::pending().await,
             }
         }

@@ -328,6 +328,7 @@ impl Watch {
     pub(super) fn creation(&mut self, id: i64, kind: Kind) -> WatchOptions {
         // All of it is told again.
         self.fragments.clear();
+        self.in_step = false;
         // What was read at a revision is followed from there: a watch that starts in the future gives no sign of life.
         let resumed = std::mem::replace(&mut self.asked, true) || self.freshness.is_some();
         let mut options = WatchOptions::new().with_watch_id(id).with_fragment();

@@ -94,7 +94,6 @@ async fn storm(
                     held.swap_remove(which).release();
                 }
             }
-            20..23 => held.lock().unwrap().push(link.inject(method, Fault::Twice, 1)),
             14 | 15 => link.cut(),
             16 => link.stall(),
             17 if kinds.revokes => {
@@ -106,6 +105,7 @@ async fn storm(
             18 if kinds.compacts => {
                 let _ = server.compact(random.i64(1..=server.revision()));
             }
+            20..23 => held.lock().unwrap().push(link.inject(method, Fault::Twice, 1)),
             _ => {}
         }
         if random.u8(..3) == 0 {
