@@ -170,7 +170,7 @@ impl Line {
         let Created { key, reads } = Box::pin(creation.run(core, generation)).await?.ok_or_else(lost)?;
         let (entered, position) = (Instant::now(), Position::of(key.facts()));
         let length = reads.as_ref().and_then(|(reads, _)| Some(RangeAnswer::of(reads, 0)?.count()));
-        let ahead_at_entry = length.and_then(|length| usize::try_from(length - 1).ok()).unwrap_or(0);
+        let ahead_at_entry = usize::try_from(length.unwrap_or(0)).unwrap_or(0).saturating_sub(1);
         let standing = match reads {
             Some((reads, revision)) if alone => {
                 Some(self.standing(&reads, 0, &position, revision).ok_or_else(lost)?)
