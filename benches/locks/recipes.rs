@@ -57,9 +57,7 @@ pub(crate) async fn session_rate(load: &Load) -> Result<Line> {
 /// `n` tasks lock and unlock, each its own name, all on one connection, and unless the mode says otherwise each with its
 /// own session.
 pub(crate) async fn mutex_uncontended(load: &Load) -> Result<Line> {
-    let mode = if load.mode.is_empty() { "shared" } else { &load.mode };
-    let load = Load { mode: mode.into(), ..load.clone() };
-    let sessions = sessions(&load).await?;
+    let sessions = if load.mode.is_empty() { beside(load).await? } else { sessions(load).await? };
     let mut crew = Crew::default();
     for session in &sessions {
         let mutex = Mutex::new(session, fresh("lock"))?;
@@ -75,6 +73,14 @@ pub(crate) async fn mutex_uncontended(load: &Load) -> Result<Line> {
     let line = crew.measure(PEER, load.run()).await?;
     close(&sessions).await?;
     Ok(line)
+}
+
+/// `n` sessions beside each other.
+async fn beside(load: &Load) -> Result<Vec<Session>> {
+    let first = begin(Session::builder([&load.endpoint]), load).await?;
+    let mut sessions = open(load.n - 1, async |_| Ok(first.beside().await?)).await?;
+    sessions.push(first);
+    Ok(sessions)
 }
 
 /// `n` waiters on one name.
