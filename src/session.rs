@@ -15,6 +15,7 @@
 
 mod batch;
 mod builder;
+mod dial;
 mod endpoints;
 pub(crate) mod expiring;
 mod freshness;

@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions};
+use etcd_client::Client;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch as channel};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::endpoints::{self, Endpoints};
+use super::dial::Dial;
+use super::endpoints::Endpoints;
 use super::generation::Current;
 use super::lease::{self, Keeper, Liveness};
 use super::queues::Queues;
@@ -201,7 +202,7 @@ impl SessionBuilder {
         let has_user = self.user.is_some() || matches!(self.connections, Connections::Client(_));
         let rpc = |runtime| {
             let endpoints = match &self.connections {
-                Connections::Endpoints(names) => Endpoints::dial(names, self.options()),
+                Connections::Endpoints(names) => Endpoints::dial(names, self.dial()),
                 Connections::Client(client) => Endpoints::given((**client).clone()),
             };
             let (login, probe) = (AsyncMutex::default(), name::probe(&self.namespace));
@@ -220,7 +221,8 @@ impl SessionBuilder {
             return refuse("identity", "it is longer than 1,024 bytes");
         }
         if let Connections::Endpoints(endpoints) = &self.connections {
-            endpoints.iter().try_for_each(|endpoint| endpoints::check(endpoint))?;
+            let dial = self.dial();
+            endpoints.iter().try_for_each(|endpoint| dial.check(endpoint))?;
         }
         match &self.connections {
             Connections::Endpoints(endpoints) if endpoints.is_empty() => {
@@ -248,22 +250,13 @@ impl SessionBuilder {
         }
     }
 
-    fn options(&self) -> ConnectOptions {
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(self.connect_timeout.min(Duration::from_secs(2)))
-            // etcd closes connections that ping while idle or more often than every 5 s.
-            .with_keep_alive(Duration::from_secs(10), Duration::from_secs(3))
-            .with_keep_alive_while_idle(false)
-            .with_require_leader(true)
-            .with_auto_token_refresh(true);
-        if let Some((name, password)) = &self.user {
-            options = options.with_user(name, password);
+    fn dial(&self) -> Dial {
+        Dial {
+            user: self.user.clone(),
+            #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+            tls: self.tls.clone(),
+            timeout: self.connect_timeout.min(Duration::from_secs(2)),
         }
-        #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
-        if let Some(tls) = &self.tls {
-            options = options.with_tls(tls.clone());
-        }
-        options
     }
 }
 

@@ -4,41 +4,50 @@
 //! stay with one member until it fails, and then go to the next.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use etcd_client::{Client, ConnectOptions};
+use etcd_client::{Client, KvClient};
 use tokio::sync::OnceCell;
 
+use super::dial::Dial;
 use super::runtime::{Backoff, Runtime};
-use crate::error::{Error, Result};
+
+/// The largest answer, in bytes. etcd's own have no limit, and the client's default is 4 MiB.
+const MAX_ANSWER: usize = 256 * 1024 * 1024;
+
+/// How many clients of a member are kept for the next requests.
+const IDLE: usize = 64;
 
 /// A set of connections. A session has two: one for requests and watches, one for keepalives, so that a burst of data
 /// on the first cannot delay the second.
 pub(crate) struct Endpoints {
     members: Vec<Member>,
     current: AtomicUsize,
-    options: Option<ConnectOptions>,
+    /// `None` for a client that the user made.
+    dial: Option<Dial>,
 }
 
 struct Member {
     name: String,
     client: OnceCell<Client>,
+    /// Used before, and again by the next request: to make one costs more than to use it.
+    #[expect(clippy::vec_box, reason = "it is moved about, and large")]
+    idle: Mutex<Vec<Box<KvClient>>>,
+    /// How many requests are on their way or being answered.
+    under_way: Arc<AtomicUsize>,
 }
 
 impl Endpoints {
     /// Connections of our own, made when they are first used.
-    pub(crate) fn dial(names: &[String], options: ConnectOptions) -> Self {
-        let member = |name: &String| Member { name: name.clone(), client: OnceCell::new() };
-        Self {
-            members: names.iter().map(member).collect(),
-            current: AtomicUsize::new(0),
-            options: Some(options),
-        }
+    pub(crate) fn dial(names: &[String], dial: Dial) -> Self {
+        let member = |name: &String| Member::new(name.clone(), OnceCell::new());
+        Self { members: names.iter().map(member).collect(), current: AtomicUsize::new(0), dial: Some(dial) }
     }
 
     /// The one client that the user made; which member it talks to is its own affair.
     pub(crate) fn given(client: Client) -> Self {
-        let member = Member { name: "the given client".into(), client: OnceCell::new_with(Some(client)) };
-        Self { members: vec![member], current: AtomicUsize::new(0), options: None }
+        let member = Member::new("the given client".into(), OnceCell::new_with(Some(client)));
+        Self { members: vec![member], current: AtomicUsize::new(0), dial: None }
     }
 
     pub(crate) fn names(&self) -> Vec<String> {
@@ -63,10 +72,33 @@ impl Endpoints {
 
     /// The client of member `index`. The first call may log in; the caller bounds its time.
     pub(crate) async fn client(&self, index: usize) -> Result<&Client, etcd_client::Error> {
-        let member = &self.members[index % self.members.len()];
+        let member = self.member(index);
         // Boxed, because it is large and rarely runs, and every request's future contains it.
-        let connect = || Box::pin(Client::connect([member.name.as_str()], self.options.clone()));
+        let connect = || Box::pin(self.connect(member));
         member.client.get_or_try_init(connect).await
+    }
+
+    /// What one request to member `index` is sent with.
+    pub(crate) async fn request(&self, index: usize) -> Result<Request<'_>, etcd_client::Error> {
+        let member = self.member(index);
+        member.under_way.fetch_add(1, Ordering::Relaxed);
+        let under_way = UnderWay(&member.under_way);
+        let idle = member.idle().pop();
+        let kv = match idle {
+            Some(kv) => kv,
+            None => Box::new(self.client(index).await?.kv_client().max_decoding_message_size(MAX_ANSWER)),
+        };
+        Ok(Request { member, kv, _under_way: under_way })
+    }
+
+    fn member(&self, index: usize) -> &Member {
+        &self.members[index % self.members.len()]
+    }
+
+    async fn connect(&self, member: &Member) -> Result<Client, etcd_client::Error> {
+        // A client that the user made is there from the beginning.
+        let dial = self.dial.as_ref().ok_or_else(|| etcd_client::Error::InvalidArgs("no client".into()))?;
+        dial.member(&member.name, member.under_way.clone()).await
     }
 
     /// A client for the user's own requests, over all members. It may have to log in, and a member may be dead, so it
@@ -74,9 +106,9 @@ impl Endpoints {
     pub(crate) async fn for_user(&self, runtime: &Runtime, last: &mut Option<etcd_client::Error>) -> Client {
         let mut backoff = Backoff::of_requests();
         loop {
-            let connected = match &self.options {
+            let connected = match &self.dial {
                 None => self.client(0).await.cloned(),
-                Some(options) => Box::pin(Client::connect(self.names(), Some(options.clone()))).await,
+                Some(dial) => Box::pin(dial.all(&self.names())).await,
             };
             match connected {
                 Ok(client) => return client,
@@ -87,34 +119,70 @@ impl Endpoints {
     }
 }
 
-/// Refuses what cannot be the address of a member.
-pub(crate) fn check(endpoint: &str) -> Result<()> {
-    let refuse = |reason| Err(Error::InvalidOption { option: "endpoints", reason });
-    if endpoint.contains('@') {
-        return refuse("one names a user; use `user`, which keeps the password out of messages".into());
-    }
-    let (scheme, address) = endpoint.split_once("://").unwrap_or(("http", endpoint));
-    let authority = address.split('/').next().unwrap_or_default();
-    // The last colon may be one of an IPv6 address, which ends with a bracket.
-    let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-        _ => (authority, None),
-    };
-    let odd = |c: char| c.is_whitespace() || c.is_control();
-    let usable = matches!(scheme, "http" | "https")
-        && !host.is_empty()
-        && !address.contains(odd)
-        && port.is_none_or(|port| port.parse::<u16>().is_ok());
-    if usable {
-        Ok(())
-    } else {
-        refuse(format!("{endpoint:?} is neither host:port nor a URL with http or https"))
+/// A request to one member.
+pub(crate) struct Request<'a> {
+    pub(crate) kv: Box<KvClient>,
+    member: &'a Member,
+    _under_way: UnderWay<'a>,
+}
+
+/// Counts one request while it exists.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Request<'_> {
+    /// The next request may use the client. Only when it was answered: another may have a place reserved on the
+    /// connection.
+    pub(crate) fn answered(self) {
+        let mut idle = self.member.idle();
+        if idle.len() < IDLE {
+            idle.push(self.kv);
+        }
     }
 }
 
-// By hand: the options hold a password.
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Member {
+    fn new(name: String, client: OnceCell<Client>) -> Self {
+        Self { name, client, idle: Mutex::default(), under_way: Arc::default() }
+    }
+
+    #[expect(clippy::vec_box, reason = "as there")]
+    fn idle(&self) -> MutexGuard<'_, Vec<Box<KvClient>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// By hand: what the connections are made with holds a password.
 impl std::fmt::Debug for Endpoints {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Endpoints").field("members", &self.names()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_client_whose_request_was_answered_is_used_again() {
+        // Nothing is sent before the first request.
+        let endpoints = Endpoints::given(Client::connect(["127.0.0.1:1"], None).await.unwrap());
+        let member = endpoints.member(0);
+        let state = || (member.idle().len(), member.under_way.load(Ordering::Relaxed));
+        let (given_up, answered) = (endpoints.request(0).await.unwrap(), endpoints.request(0).await.unwrap());
+        assert_eq!(state(), (0, 2));
+        drop(given_up);
+        assert_eq!(state(), (0, 1));
+        answered.answered();
+        assert_eq!(state(), (1, 0));
+        let again = endpoints.request(0).await.unwrap();
+        assert_eq!(state(), (0, 1));
+        drop(again);
     }
 }

@@ -5,6 +5,7 @@
 //! applied later, even seconds later.
 
 use std::future::Future;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,9 +21,6 @@ use crate::name;
 
 /// How long a read for the caller is tried before it fails as unreachable.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
-
-/// The largest answer, in bytes. etcd's own have no limit, and the client's default is 4 MiB.
-const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// After a login, the next is not made for this long.
 const LOGIN_PAUSE: Duration = Duration::from_secs(1);
@@ -81,11 +79,14 @@ pub(crate) struct Rpc {
 impl Rpc {
     /// Sends a transaction once. `key` is what an error speaks of.
     pub(crate) async fn txn(&self, key: &[u8], txn: Txn) -> Result<TxnResponse, Failure> {
-        let call = |client: &Client| {
-            let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
-            async move { kv.txn(txn).await }
-        };
-        self.attempt(key, call).await
+        let member = self.endpoints.current();
+        let call = pin!(async {
+            let mut request = self.endpoints.request(member).await?;
+            let answer = request.kv.txn(txn).await?;
+            request.answered();
+            Ok(answer)
+        });
+        self.bounded(member, key, call).await
     }
 
     /// Reads until etcd answers, linearizably. `limit` bounds the time; without one the caller does.
@@ -98,12 +99,14 @@ impl Rpc {
         let read = async {
             let mut backoff = Backoff::of_requests();
             loop {
-                let (key_sent, options) = (key.to_vec(), options.clone());
-                let call = |client: &Client| {
-                    let mut kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
-                    async move { kv.get(key_sent, Some(options)).await }
-                };
-                match self.attempt(key, call).await {
+                let member = self.endpoints.current();
+                let call = pin!(async {
+                    let mut request = self.endpoints.request(member).await?;
+                    let answer = request.kv.get(key, Some(options.clone())).await?;
+                    request.answered();
+                    Ok(answer)
+                });
+                match self.bounded(member, key, call).await {
                     Ok(response) => return Ok(response),
                     Err(Failure::Refused(error)) => return Err(error),
                     Err(_) => backoff.wait(&self.runtime).await,
@@ -132,12 +135,22 @@ impl Rpc {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let member = self.endpoints.current();
-        let failure = match tokio::time::timeout(self.timeout, async {
+        let call = pin!(async {
             let client = self.endpoints.client(member).await?;
             call(client).await
-        })
-        .await
-        {
+        });
+        self.bounded(member, key, call).await
+    }
+
+    /// Waits for an attempt, and finds out what its failure means. The attempt is pinned, because it is large, and each
+    /// function it were handed to would copy it.
+    async fn bounded<T>(
+        &self,
+        member: usize,
+        key: &[u8],
+        attempt: Pin<&mut impl Future<Output = Result<T, etcd_client::Error>>>,
+    ) -> Result<T, Failure> {
+        let failure = match tokio::time::timeout(self.timeout, attempt).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => classify(key, error, self.has_user),
             Err(_) => Failure::Unknown(None),

@@ -1,0 +1,213 @@
+//! How connections to etcd are made.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use etcd_client::{Channel, Client, ConnectOptions};
+use futures::future::BoxFuture;
+use hyper::rt::Executor;
+use tonic::transport::{Endpoint, Uri};
+
+#[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+use etcd_client::TlsOptions as Tls;
+
+use crate::error::{Error, Result};
+
+/// etcd closes connections that ping while idle or more often than every 5 s.
+const PING_EVERY: Duration = Duration::from_secs(10);
+/// A connection is given up when a ping is not answered for this long.
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What all connections of a session have in common.
+#[derive(Clone)]
+pub(crate) struct Dial {
+    /// Name and password.
+    pub(crate) user: Option<(String, String)>,
+    #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+    pub(crate) tls: Option<Tls>,
+    /// How long one connection may take.
+    pub(crate) timeout: Duration,
+}
+
+impl Dial {
+    /// Refuses what cannot be the address of a member.
+    pub(crate) fn check(&self, address: &str) -> Result<()> {
+        let refuse = |reason| Err(Error::InvalidOption { option: "endpoints", reason });
+        if address.contains('@') {
+            return refuse("one names a user; use `user`, which keeps the password out of messages".into());
+        }
+        let (scheme, rest) = address.split_once("://").unwrap_or((self.scheme(), address));
+        let authority = rest.split('/').next().unwrap_or_default();
+        // The last colon may be one of an IPv6 address, which ends with a bracket.
+        let (host, port) = match authority.rsplit_once(':') {
+            Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+            _ => (authority, None),
+        };
+        let odd = |c: char| c.is_whitespace() || c.is_control();
+        let usable = matches!(scheme, "http" | "https")
+            && !host.is_empty()
+            && !rest.contains(odd)
+            && port.is_none_or(|port| port.parse::<u16>().is_ok());
+        if !usable {
+            return refuse(format!("{address:?} is neither host:port nor a URL with http or https"));
+        }
+        // A connection without TLS where TLS is wanted would send in clear what must not be.
+        if scheme == "http" && self.scheme() == "https" {
+            return refuse(format!("{address:?} says http, and there are TLS options"));
+        }
+        if scheme == "https" && !cfg!(any(feature = "tls", feature = "tls-aws-lc")) {
+            return refuse(format!("{address:?} needs one of the features `tls` and `tls-aws-lc`"));
+        }
+        Ok(())
+    }
+
+    /// What an address that names none has.
+    fn scheme(&self) -> &'static str {
+        #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+        if self.tls.is_some() {
+            return "https";
+        }
+        "http"
+    }
+
+    /// A client with one connection to one member, made when it is first used. `under_way` counts its requests.
+    ///
+    /// A client that makes its connections itself has a balancer before them, which for one member is only work.
+    pub(crate) async fn member(
+        &self,
+        address: &str,
+        under_way: Arc<AtomicUsize>,
+    ) -> Result<Client, etcd_client::Error> {
+        let scheme = self.scheme();
+        let url = if address.contains("://") { address.to_owned() } else { format!("{scheme}://{address}") };
+        let endpoint = Endpoint::from(url.parse::<Uri>()?)
+            .connect_timeout(self.timeout)
+            .http2_keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .keep_alive_while_idle(false)
+            .executor(Gather { under_way });
+        #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+        let endpoint = match url.starts_with("https") {
+            true => endpoint.tls_config(self.tls.clone().unwrap_or_default())?,
+            false => endpoint,
+        };
+        Client::from_channel(Channel::Tonic(endpoint.connect_lazy()), Some(self.options())).await
+    }
+
+    /// A client that balances its requests over all members.
+    pub(crate) async fn all(&self, addresses: &[String]) -> Result<Client, etcd_client::Error> {
+        let options = self
+            .options()
+            .with_connect_timeout(self.timeout)
+            .with_keep_alive(PING_EVERY, PING_TIMEOUT)
+            .with_keep_alive_while_idle(false);
+        #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+        let options = match &self.tls {
+            Some(tls) => options.with_tls(tls.clone()),
+            None => options,
+        };
+        Client::connect(addresses, Some(options)).await
+    }
+
+    fn options(&self) -> ConnectOptions {
+        let options = ConnectOptions::new().with_require_leader(true).with_auto_token_refresh(true);
+        match &self.user {
+            Some((name, password)) => options.with_user(name, password),
+            None => options,
+        }
+    }
+}
+
+/// Runs the tasks of a connection. While many requests are under way each of them lets everybody who is ready go first,
+/// so that what they ask goes out together: otherwise tokio runs the connection right after each request, and every one
+/// costs a system call at both ends, a tenth of all that a lock costs its process.
+struct Gather {
+    under_way: Arc<AtomicUsize>,
+}
+
+/// How many requests are many: with fewer there is little to gather, and an answer should not wait for other tasks.
+const MANY: usize = 8;
+
+impl Executor<BoxFuture<'static, ()>> for Gather {
+    fn execute(&self, task: BoxFuture<'static, ()>) {
+        tokio::spawn(Polite { task, under_way: self.under_way.clone(), waited: false });
+    }
+}
+
+struct Polite {
+    task: BoxFuture<'static, ()>,
+    under_way: Arc<AtomicUsize>,
+    /// Has let the others go first since it was woken.
+    waited: bool,
+}
+
+impl Future for Polite {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.waited && self.under_way.load(Ordering::Relaxed) >= MANY {
+            self.waited = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.waited = false;
+        self.task.as_mut().poll(cx)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    fn dial() -> Dial {
+        Dial {
+            user: None,
+            #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+            tls: None,
+            timeout: Duration::from_secs(1),
+        }
+    }
+
+    #[test]
+    fn an_address_that_needs_tls_is_refused_without_the_feature() {
+        assert_eq!(dial().check("https://a:1").is_ok(), cfg!(any(feature = "tls", feature = "tls-aws-lc")));
+        assert!(dial().check("http://a:1").is_ok() && dial().check("a:1").is_ok());
+    }
+
+    #[test]
+    #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
+    fn an_address_without_tls_is_refused_where_there_are_options_for_it() {
+        let dial = Dial { tls: Some(Tls::new()), ..dial() };
+        let error = dial.check("http://a:1").unwrap_err().to_string();
+        assert!(error.contains("`endpoints`") && error.contains("http://a:1"), "{error}");
+        assert!(dial.check("https://a:1").is_ok() && dial.check("a:1").is_ok());
+        assert_eq!(dial.scheme(), "https");
+    }
+
+    /// In which order a connection's task and one that was ready after it run.
+    async fn order(requests: usize) -> Vec<&'static str> {
+        let ran = Arc::new(Mutex::new(Vec::new()));
+        let run = |who| {
+            let ran = ran.clone();
+            async move { ran.lock().unwrap().push(who) }
+        };
+        Gather { under_way: Arc::new(AtomicUsize::new(requests)) }.execute(Box::pin(run("connection")));
+        tokio::spawn(run("request")).await.unwrap();
+        tokio::task::yield_now().await;
+        let ran = ran.lock().unwrap();
+        ran.clone()
+    }
+
+    #[tokio::test]
+    async fn a_connection_waits_for_those_who_are_ready_if_many_requests_are_under_way() {
+        assert_eq!(order(MANY).await, ["request", "connection"]);
+        assert_eq!(order(MANY - 1).await, ["connection", "request"]);
+    }
+}
