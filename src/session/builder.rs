@@ -104,7 +104,7 @@ impl SessionBuilder {
         self
     }
 
-    /// Connects with TLS.
+    /// Connects with TLS: an endpoint that names no scheme is `https` then, and one with `http` is refused.
     #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls(mut self, options: etcd_client::TlsOptions) -> Self {

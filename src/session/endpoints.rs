@@ -91,6 +91,12 @@ impl Endpoints {
         Ok(Request { member, kv, _under_way: under_way })
     }
 
+    /// How many requests to member `index` are on their way or being answered.
+    #[cfg(test)]
+    pub(crate) fn under_way(&self, index: usize) -> usize {
+        self.member(index).under_way.load(Ordering::Relaxed)
+    }
+
     fn member(&self, index: usize) -> &Member {
         &self.members[index % self.members.len()]
     }
@@ -130,8 +136,8 @@ pub(crate) struct Request<'a> {
 struct UnderWay<'a>(&'a AtomicUsize);
 
 impl Request<'_> {
-    /// The next request may use the client. Only when it was answered: another may have a place reserved on the
-    /// connection.
+    /// The next request may use the client. Only when it was answered: another may have a place reserved on the way to
+    /// the connection.
     pub(crate) fn answered(self) {
         let mut idle = self.member.idle();
         if idle.len() < IDLE {
@@ -174,7 +180,7 @@ mod tests {
         // Nothing is sent before the first request.
         let endpoints = Endpoints::given(Client::connect(["127.0.0.1:1"], None).await.unwrap());
         let member = endpoints.member(0);
-        let state = || (member.idle().len(), member.under_way.load(Ordering::Relaxed));
+        let state = || (member.idle().len(), endpoints.under_way(0));
         let (given_up, answered) = (endpoints.request(0).await.unwrap(), endpoints.request(0).await.unwrap());
         assert_eq!(state(), (0, 2));
         drop(given_up);

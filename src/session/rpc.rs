@@ -100,13 +100,17 @@ impl Rpc {
             let mut backoff = Backoff::of_requests();
             loop {
                 let member = self.endpoints.current();
-                let call = pin!(async {
-                    let mut request = self.endpoints.request(member).await?;
-                    let answer = request.kv.get(key, Some(options.clone())).await?;
-                    request.answered();
-                    Ok(answer)
-                });
-                match self.bounded(member, key, call).await {
+                // The attempt must be gone before the pause: it may hold what others wait for.
+                let answer = {
+                    let call = pin!(async {
+                        let mut request = self.endpoints.request(member).await?;
+                        let answer = request.kv.get(key, Some(options.clone())).await?;
+                        request.answered();
+                        Ok(answer)
+                    });
+                    self.bounded(member, key, call).await
+                };
+                match answer {
                     Ok(response) => return Ok(response),
                     Err(Failure::Refused(error)) => return Err(error),
                     Err(_) => backoff.wait(&self.runtime).await,
@@ -284,6 +288,7 @@ impl From<&KeyValue> for KeyFacts {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -324,6 +329,32 @@ mod tests {
             "transport is closing",
         ] {
             assert!(meaning(message).is_unanswered(), "{message}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_left_of_an_attempt_while_the_next_is_waited_for() {
+        // Connections are taken by the kernel, and nobody answers.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = Client::connect([silent.local_addr().unwrap().to_string()], None).await.unwrap();
+        let rpc = Rpc {
+            endpoints: Endpoints::given(client),
+            runtime: Arc::new(Runtime::current()),
+            timeout: Duration::from_millis(500),
+            has_user: false,
+            login: AsyncMutex::default(),
+            probe: Vec::new(),
+        };
+        let mut read = pin!(rpc.get(b"key", GetOptions::new(), None));
+        tokio::select! {
+            biased;
+            _ = &mut read => unreachable!("nobody answers"),
+            () = tokio::time::sleep(rpc.timeout / 2) => assert_eq!(rpc.endpoints.under_way(0), 1),
+        }
+        tokio::select! {
+            biased;
+            _ = &mut read => unreachable!("nobody answers"),
+            () = tokio::time::sleep(rpc.timeout / 2) => assert_eq!(rpc.endpoints.under_way(0), 0),
         }
     }
 }

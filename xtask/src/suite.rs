@@ -97,7 +97,11 @@ pub(crate) fn check(root: &Path, args: &TestArgs) -> Result<bool> {
     cargo.must(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     // What a user builds who asks for nothing.
     cargo.must(&["clippy", "--lib", "--", "-D", "warnings"], &[])?;
-    let docs = ["doc", "--workspace", "--no-deps", "--features", "embedded"];
+    for feature in ["embedded", "tls", "tls-aws-lc", "tonic"] {
+        cargo.must(&["clippy", "--lib", "--features", feature, "--", "-D", "warnings"], &[])?;
+    }
+    // As on docs.rs.
+    let docs = ["doc", "--workspace", "--no-deps", "--features", "embedded,tls,tonic"];
     cargo.must(&docs, &[("RUSTDOCFLAGS", "-Dwarnings".into())])?;
     test(root, args)
 }
