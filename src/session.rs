@@ -156,7 +156,8 @@ impl Session {
 
     /// Begins a session on connections of its own, to any of the given members of one cluster.
     ///
-    /// An endpoint is `host:port`, or a URL with the scheme `http` or `https`.
+    /// An endpoint is `host:port`, or a URL with the scheme `http` or `https`; `https` needs one of the features `tls` and
+    /// `tls-aws-lc`.
     pub fn builder(endpoints: impl IntoIterator<Item = impl Into<String>>) -> SessionBuilder {
         SessionBuilder::new(Connections::Endpoints(endpoints.into_iter().map(Into::into).collect()))
     }

@@ -78,7 +78,7 @@ pub(crate) async fn mutex_uncontended(load: &Load) -> Result<Line> {
 /// `n` sessions beside each other.
 async fn beside(load: &Load) -> Result<Vec<Session>> {
     let first = begin(Session::builder([&load.endpoint]), load).await?;
-    let mut sessions = open(load.n - 1, async |_| Ok(first.beside().await?)).await?;
+    let mut sessions = open(load.n.saturating_sub(1), async |_| Ok(first.beside().await?)).await?;
     sessions.push(first);
     Ok(sessions)
 }

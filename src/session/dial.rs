@@ -90,9 +90,10 @@ impl Dial {
             .keep_alive_while_idle(false)
             .executor(Gather { under_way });
         #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
-        let endpoint = match url.starts_with("https") {
-            true => endpoint.tls_config(self.tls.clone().unwrap_or_default())?,
-            false => endpoint,
+        let endpoint = if url.starts_with("https") {
+            endpoint.tls_config(self.tls.clone().unwrap_or_default())?
+        } else {
+            endpoint
         };
         Client::from_channel(Channel::Tonic(endpoint.connect_lazy()), Some(self.options())).await
     }
@@ -226,5 +227,18 @@ mod tests {
     async fn a_connection_waits_for_those_who_are_ready_if_many_requests_are_under_way() {
         assert_eq!(order(MANY).await, ["request", "connection"]);
         assert_eq!(order(MANY - 1).await, ["connection", "request"]);
+    }
+
+    #[tokio::test]
+    async fn the_task_of_one_request_waits_for_nobody() {
+        let ran = Arc::new(Mutex::new(Vec::new()));
+        let run = |who| {
+            let ran = ran.clone();
+            async move { ran.lock().unwrap().push(who) }
+        };
+        Gather { under_way: Arc::new(AtomicUsize::new(MANY)) }.execute(Box::pin(run("answer")));
+        tokio::spawn(run("other")).await.unwrap();
+        tokio::task::yield_now().await;
+        assert_eq!(*ran.lock().unwrap(), ["answer", "other"]);
     }
 }
