@@ -1,6 +1,7 @@
 //! How connections to etcd are made.
 
 use std::future::Future;
+use std::io::{IoSlice, Result as IoResult};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,8 +10,10 @@ use std::time::Duration;
 
 use etcd_client::{Channel, Client, ConnectOptions};
 use futures::future::BoxFuture;
-use hyper::rt::Executor;
+use hyper::rt::{Executor, Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::HttpConnector;
 use tonic::transport::{Endpoint, Uri};
+use tower::ServiceExt as _;
 
 #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
 use etcd_client::TlsOptions as Tls;
@@ -95,7 +98,13 @@ impl Dial {
         } else {
             endpoint
         };
-        Client::from_channel(Channel::Tonic(endpoint.connect_lazy()), Some(self.options())).await
+        let mut connector = HttpConnector::new();
+        // The scheme says whether TLS comes on top.
+        connector.enforce_http(false);
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(self.timeout));
+        let channel = endpoint.connect_with_connector_lazy(connector.map_response(OneBuffer));
+        Client::from_channel(Channel::Tonic(channel), Some(self.options())).await
     }
 
     /// A client that balances its requests over all members.
@@ -119,6 +128,48 @@ impl Dial {
             Some((name, password)) => options.with_user(name, password),
             None => options,
         }
+    }
+}
+
+/// A connection that does not offer to write several buffers with one call. HTTP/2 then copies payloads of up to 1,024
+/// bytes into the buffer it writes, otherwise only up to 256; each longer one is a system call of its own. A request to
+/// lock is a little longer than 256 bytes.
+struct OneBuffer<T>(T);
+
+impl<T: Read + Unpin> Read for OneBuffer<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<IoResult<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl<T: Write + Unpin> Write for OneBuffer<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<IoResult<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        false
+    }
+
+    // TLS, which does not ask, writes its records this way.
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<IoResult<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
     }
 }
 
@@ -167,7 +218,11 @@ impl Future for Polite {
 mod tests {
     use std::sync::Mutex;
 
+    use http_body_util::Full;
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
     use tokio::sync::Notify;
+    use tokio_util::bytes::Bytes;
 
     use super::*;
 
@@ -240,5 +295,69 @@ mod tests {
         tokio::spawn(run("other")).await.unwrap();
         tokio::task::yield_now().await;
         assert_eq!(*ran.lock().unwrap(), ["answer", "other"]);
+    }
+
+    /// Counts what is written.
+    struct Counted(tokio::io::DuplexStream, Arc<AtomicUsize>);
+
+    impl AsyncRead for Counted {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<IoResult<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Counted {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<IoResult<usize>> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            Pin::new(&mut self.0).poll_write(cx, buf)
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bufs: &[IoSlice<'_>],
+        ) -> Poll<IoResult<usize>> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            true
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_of_the_size_of_a_lock_go_out_together() {
+        let (near, _far) = tokio::io::duplex(1 << 20);
+        let writes = Arc::new(AtomicUsize::new(0));
+        let io = OneBuffer(TokioIo::new(Counted(near, writes.clone())));
+        let (mut requests, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+        tokio::spawn(connection);
+        let pause = async || {
+            for _ in 0..8 {
+                tokio::task::yield_now().await;
+            }
+        };
+        pause().await;
+        // So much for the opening.
+        writes.store(0, Ordering::Relaxed);
+        let bodies = (0..8).map(|_| Full::new(Bytes::from_static(&[7; 600])));
+        let sent: Vec<_> = bodies.map(|body| requests.send_request(http::Request::new(body))).collect();
+        pause().await;
+        let writes = writes.load(Ordering::Relaxed);
+        assert!((1..sent.len() / 2).contains(&writes), "{writes} writes");
     }
 }
