@@ -80,11 +80,12 @@ impl Bench {
     }
 
     async fn distinct_locks(&self, locks: usize, one_session: bool) -> Result<Vec<Option<Figure>>> {
-        // Many short rounds: with all processors at work it shows most who else uses the machine.
-        let ours = self.load(Workload::MutexUncontended, locks, 0.8);
+        // Many short rounds, one close after the other: with all processors at work it shows most who else uses the
+        // machine.
+        let short = |workload| Load { warm: Duration::from_millis(200), ..self.load(workload, locks, 0.8) };
+        let (ours, floor) = (short(Workload::MutexUncontended), short(Workload::FloorLockpair));
         let ours = if one_session { Load { mode: "one".into(), ..ours } } else { ours };
-        let floor = self.load(Workload::FloorLockpair, locks, 0.8);
-        let rounds = Rounds::run(4 * self.count(), async || run(&ours).await, async || run(&floor).await);
+        let rounds = Rounds::run(6 * self.count(), async || run(&ours).await, async || run(&floor).await);
         Ok(vec![Some(rounds.await?.ratio(Line::ops_per_s, per_second))])
     }
 
