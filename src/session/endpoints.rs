@@ -31,11 +31,13 @@ struct Member {
     name: String,
     client: OnceCell<Client>,
     /// Used before, and again by the next request: to make one costs more than to use it.
-    #[expect(clippy::vec_box, reason = "it is moved about, and large")]
-    idle: Mutex<Vec<Box<KvClient>>>,
-    /// How many requests are on their way or being answered.
+    idle: Mutex<Idle>,
+    /// How many transactions and reads are on their way or being answered.
     under_way: Arc<AtomicUsize>,
 }
+
+/// Boxed, because a client is moved about, and large.
+type Idle = Vec<Box<KvClient>>;
 
 impl Endpoints {
     /// Connections of our own, made when they are first used.
@@ -157,8 +159,7 @@ impl Member {
         Self { name, client, idle: Mutex::default(), under_way: Arc::default() }
     }
 
-    #[expect(clippy::vec_box, reason = "as there")]
-    fn idle(&self) -> MutexGuard<'_, Vec<Box<KvClient>>> {
+    fn idle(&self) -> MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

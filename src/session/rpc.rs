@@ -147,7 +147,7 @@ impl Rpc {
     }
 
     /// Waits for an attempt, and finds out what its failure means. The attempt is pinned, because it is large, and each
-    /// function it were handed to would copy it.
+    /// function it is handed to would copy it.
     async fn bounded<T>(
         &self,
         member: usize,
