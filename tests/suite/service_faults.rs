@@ -412,7 +412,7 @@ async fn old_process_does_not_deregister_the_new_one() {
             old.tell(last);
             old.expect(if last == "end" { "bye" } else { "superseded" }).await;
             assert_eq!(rig.weight().await, Some(7));
-            old.kill();
+            old.kill().await;
             registration.deregister().await.unwrap();
             rig.close().await;
         }
@@ -439,7 +439,7 @@ async fn process_that_stood_still_does_not_overwrite_its_successor() {
             old.tell("end");
             old.expect("bye").await;
             assert_eq!(rig.weight().await, Some(7));
-            old.kill();
+            old.kill().await;
             registration.deregister().await.unwrap();
             rig.close().await;
         }

@@ -78,9 +78,14 @@ impl Child {
         self.process.resume();
     }
 
-    /// Kills it with SIGKILL and waits for its end.
-    pub(crate) fn kill(self) {
+    /// Kills it with SIGKILL, waits for its end, and returns what it had still said.
+    pub(crate) async fn kill(mut self) -> Vec<String> {
         self.process.kill();
+        let mut said = Vec::new();
+        while let Some(line) = self.lines.recv().await {
+            said.push(line);
+        }
+        said
     }
 
     /// Waits for its own end.

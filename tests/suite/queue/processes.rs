@@ -171,7 +171,7 @@ async fn an_item_that_kills_its_consumers_is_delivered_exactly_as_often_as_it_ma
         eventually(PATIENCE, "it is given up", async || queue.dead_letters().await.unwrap().len() == 1).await;
         let letter = queue.dead_letters().await.unwrap().remove(0);
         assert_eq!((letter.value.as_slice(), letter.attempts), (&b"poison"[..], 3));
-        consumer.kill();
+        consumer.kill().await;
         queue.purge(&letter).await.unwrap();
         assert_eq!(queue.length().await.unwrap(), 0);
         session.close().await.unwrap();
@@ -202,28 +202,37 @@ struct Orphan {
 
 struct Worker {
     child: Child,
-    claimed: Option<String>,
-    /// What it claimed it keeps.
+    hands: Hands,
+}
+
+/// What a consumer has claimed and not acked.
+#[derive(Default)]
+struct Hands {
+    item: Option<String>,
+    /// That it keeps.
     holds: bool,
 }
 
 impl Worker {
     fn new(child: Child) -> Self {
-        Self { child, claimed: None, holds: false }
+        Self { child, hands: Hands::default() }
     }
 }
 
 impl Story {
     fn hear(&mut self, worker: &mut Worker) {
-        for line in worker.child.said() {
+        self.note(&mut worker.hands, &worker.child.said());
+    }
+
+    fn note(&mut self, hands: &mut Hands, said: &[String]) {
+        for line in said {
             let (what, item) = line.split_once(' ').expect("two words");
             if what == "acked" {
-                worker.claimed = None;
+                hands.item = None;
                 *self.acked.entry(item.to_owned()).or_default() += 1;
                 continue;
             }
-            worker.claimed = Some(item.to_owned());
-            worker.holds = what == "holds";
+            *hands = Hands { item: Some(item.to_owned()), holds: what == "holds" };
             if let Some(orphan) = self.orphans.remove(item) {
                 let since = self.etcd_started.map_or(orphan.since, |started| started.max(orphan.since));
                 self.slowest = self.slowest.max(since.elapsed());
@@ -232,13 +241,13 @@ impl Story {
         }
     }
 
-    /// Kills a consumer. What it says last is heard.
-    fn kill(&mut self, mut worker: Worker) {
-        self.hear(&mut worker);
-        self.died += usize::from(worker.holds);
-        let Worker { child, claimed, holds } = worker;
-        self.orphans.extend(claimed.map(|item| (item, Orphan { since: Instant::now(), held: holds })));
-        child.kill();
+    /// Kills a consumer. What it said last is heard: it may have had an orphan, which now is its own.
+    async fn kill(&mut self, worker: Worker) {
+        let Worker { child, mut hands } = worker;
+        self.note(&mut hands, &child.kill().await);
+        self.died += usize::from(hands.holds);
+        let orphan = Orphan { since: Instant::now(), held: hands.holds };
+        self.orphans.extend(hands.item.map(|item| (item, orphan)));
     }
 }
 
@@ -287,14 +296,15 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
                 story.put.extend(ended.unwrap());
             }
             for worker in &mut workers {
-                if worker.holds {
-                    story.kill(std::mem::replace(worker, new_worker()));
+                if worker.hands.holds {
+                    story.kill(std::mem::replace(worker, new_worker())).await;
                 }
             }
             // Whatever it is about.
             if killed.elapsed() > Duration::from_secs(1) {
                 killed = Instant::now();
-                story.kill(std::mem::replace(&mut workers[fastrand::usize(..CONSUMERS)], new_worker()));
+                let any = &mut workers[fastrand::usize(..CONSUMERS)];
+                story.kill(std::mem::replace(any, new_worker())).await;
             }
             if story.acked.len() * ROUNDS / items > doomed {
                 doomed += 1;

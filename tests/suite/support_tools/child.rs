@@ -21,6 +21,8 @@ async fn body() {
         match role.hear().await.as_str() {
             "end" => return,
             "fail" => std::process::exit(7),
+            // In one write: who hears the first can be sure of the second.
+            "two" => role.say("one\n@@ two"),
             "nest" => {
                 let nested = Child::spawn(BODY, &[("WHO", "nested")]);
                 role.say(nested.id().to_string());
@@ -48,6 +50,14 @@ async fn talks_and_ends() {
 }
 
 #[tokio::test]
+async fn what_a_killed_one_said_is_heard() {
+    let mut talker = child().await;
+    talker.tell("two");
+    talker.expect("one").await;
+    assert_eq!(talker.kill().await, ["two"]);
+}
+
+#[tokio::test]
 async fn tells_how_it_failed() {
     let mut failing = child().await;
     failing.tell("fail");
@@ -63,7 +73,7 @@ async fn stands_still_while_paused() {
     paused.resume();
     paused.expect("echo a line").await;
     paused.pause();
-    paused.kill();
+    paused.kill().await;
 }
 
 /// The watchdog kills what a killed process had started, also when that stands still.
@@ -74,7 +84,7 @@ async fn dies_with_its_parent() {
     let nested: i32 = parent.line().await.parse().unwrap();
     let nested = nix::unistd::Pid::from_raw(nested);
     nix::sys::signal::kill(nested, Signal::SIGSTOP).unwrap();
-    parent.kill();
+    parent.kill().await;
     eventually(PATIENCE, "the nested child is gone", async || {
         // A zombie that nobody waits for is gone as well.
         let stat = std::fs::read_to_string(format!("/proc/{nested}/stat")).unwrap_or_default();
