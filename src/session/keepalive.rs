@@ -23,6 +23,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::rpc::{self, Failure, Rpc};
@@ -136,7 +137,7 @@ impl Keepalives {
     fn open(&self) -> Stream {
         let (requests, inbox) = unbounded_channel();
         let member = self.rpc.endpoints.current();
-        let task = Task { rpc: self.rpc.clone(), member, inbox };
+        let task = Task { rpc: self.rpc.clone(), member, inbox, again: VecDeque::new() };
         let closing = self.closing.clone();
         self.rpc.runtime.spawn(async move {
             tokio::select! {
@@ -154,6 +155,8 @@ struct Task {
     rpc: Arc<Rpc>,
     member: usize,
     inbox: UnboundedReceiver<Request>,
+    /// Requests that were not answered on a stream whose token was refused.
+    again: VecDeque<Request>,
 }
 
 /// The open stream of a task.
@@ -176,26 +179,39 @@ struct Confirmation {
 impl Task {
     /// Opens the stream for the first request and serves all until it fails or is not needed any more.
     async fn run(mut self) {
-        while let Some(first) = self.inbox.recv().await {
-            let limit = self.rpc.timeout * 2;
+        while let Some(first) = self.next().await {
+            let (begun, limit) = (Instant::now(), self.rpc.timeout * 2);
             let failed = match tokio::time::timeout(limit, self.open(first.lease)).await {
-                Ok(Ok(open)) => match self.serve(open, first).await {
+                Ok(Ok(mut open)) => match self.serve(&mut open, first).await {
                     Ok(()) => return,
-                    Err(error) => error,
+                    Err(error) => {
+                        self.again.extend(open.sent.into_iter().map(|sent| sent.request));
+                        error
+                    }
                 },
                 Ok(Err(EtcdError::LeaseKeepAliveError(message))) if message == "lease not found" => {
                     let _ = first.answer.send(Beat::Gone);
                     continue;
                 }
-                Ok(Err(error)) => error,
+                Ok(Err(error)) => {
+                    self.again.push_back(first);
+                    error
+                }
                 Err(_) => return tracing::debug!("no keepalive stream in time"),
             };
             match rpc::classify(b"the session's lease", failed, self.rpc.has_user) {
-                Failure::Login(_) => self.rpc.log_in_again(self.member).await,
+                Failure::Login(_) if self.rpc.has_logged_in(self.member, begun).await => continue,
                 Failure::Refused(error) => tracing::warn!(error = ?error, "etcd refuses to renew the lease"),
                 failure => tracing::debug!(?failure, "keepalive stream failed"),
             }
             return;
+        }
+    }
+
+    async fn next(&mut self) -> Option<Request> {
+        match self.again.pop_front() {
+            Some(request) => Some(request),
+            None => self.inbox.recv().await,
         }
     }
 
@@ -206,9 +222,10 @@ impl Task {
     }
 
     /// Sends, hears and confirms; fine when nobody needs the stream any more, or nothing came for too long.
-    async fn serve(&mut self, mut open: Open, first: Request) -> Result<(), EtcdError> {
+    async fn serve(&mut self, open: &mut Open, first: Request) -> Result<(), EtcdError> {
         open.send(first, self.rpc.runtime.now()).await?;
-        let (mut confirmation, mut wanted): (Option<Confirmation>, _) = (None, true);
+        let (limit, mut wanted) = (self.rpc.timeout * 2, true);
+        let mut confirmation: Option<Confirmation> = None;
         loop {
             let due = !open.sent.is_empty() || confirmation.is_some();
             if !wanted && !due {
@@ -233,14 +250,14 @@ impl Task {
                         return Ok(());
                     }
                 }
-                request = self.inbox.recv(), if wanted && open.sent.len() < UNANSWERED => match request {
+                request = self.next(), if wanted && open.sent.len() < UNANSWERED => match request {
                     Some(request) => open.send(request, self.rpc.runtime.now()).await?,
                     None => wanted = false,
                 },
-                () = tokio::time::sleep(self.rpc.timeout * 2), if due => return Ok(()),
+                () = tokio::time::sleep(limit), if due => return Ok(()),
             }
             if confirmation.is_none() && !open.answered.is_empty() {
-                confirmation = Some(open.confirm(&self.rpc));
+                confirmation = Some(open.confirm(self.rpc.clone(), self.member));
             }
         }
     }
@@ -275,11 +292,20 @@ impl Open {
     }
 
     /// Begins a read that confirms everything answered so far.
-    fn confirm(&mut self, rpc: &Rpc) -> Confirmation {
-        let (mut kv, probe) = (self.client.kv_client(), rpc.probe.clone());
+    fn confirm(&mut self, rpc: Arc<Rpc>, member: usize) -> Confirmation {
+        let mut kv = self.client.kv_client();
         let term = async move {
-            let read = kv.get(probe, Some(GetOptions::new().with_count_only())).await?;
-            Ok(read.header().map_or(0, ResponseHeader::raft_term))
+            loop {
+                let begun = Instant::now();
+                match kv.get(rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await {
+                    Ok(read) => return Ok(read.header().map_or(0, ResponseHeader::raft_term)),
+                    Err(error) => {
+                        if !rpc::is_token_refused(&error) || !rpc.has_logged_in(member, begun).await {
+                            return Err(error);
+                        }
+                    }
+                }
+            }
         };
         Confirmation { term: term.boxed(), answered: std::mem::take(&mut self.answered) }
     }

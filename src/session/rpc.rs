@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use etcd_client::proto::{PbResponseOp, PbTxnOpResponse};
 use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn, TxnResponse};
+use futures::future::BoxFuture;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
@@ -61,6 +62,13 @@ impl Failure {
     }
 }
 
+/// The last login: one is enough for all that need it, and each costs etcd much.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Login {
+    ended: Instant,
+    succeeded: bool,
+}
+
 /// Sends requests to the member of choice.
 #[derive(Debug)]
 pub(crate) struct Rpc {
@@ -70,23 +78,31 @@ pub(crate) struct Rpc {
     pub(crate) timeout: Duration,
     /// Whether the client can, or might, log in again when its token is refused.
     pub(crate) has_user: bool,
-    /// When the last login was made: one is enough for all that need it, and each costs etcd much.
-    pub(crate) login: AsyncMutex<Option<Instant>>,
+    pub(crate) login: AsyncMutex<Option<Login>>,
     /// A key to read when only the answer's header is wanted.
     pub(crate) probe: Vec<u8>,
 }
 
 impl Rpc {
-    /// Sends a transaction once. `key` is what an error speaks of.
-    pub(crate) async fn txn(&self, key: &[u8], txn: Txn) -> Result<TxnResponse, Failure> {
-        let member = self.endpoints.current();
-        let call = pin!(async {
-            let mut request = self.endpoints.request(member).await?;
-            let answer = request.kv.txn(txn).await?;
-            request.answered();
-            Ok(answer)
-        });
-        self.bounded(member, key, call).await
+    /// Sends a transaction once, and once more if its token was refused. `key` is what an error speaks of.
+    pub(crate) async fn txn(&self, key: &[u8], mut txn: Txn) -> Result<TxnResponse, Failure> {
+        let mut again = self.has_user.then(|| Box::new(txn.clone()));
+        loop {
+            let (member, begun) = (self.endpoints.current(), Instant::now());
+            let answer = {
+                let call = pin!(async {
+                    let mut request = self.endpoints.request(member).await?;
+                    let answer = request.kv.txn(txn).await?;
+                    request.answered();
+                    Ok(answer)
+                });
+                self.bounded(member, key, call).await
+            };
+            match (answer, again.take()) {
+                (Err(Failure::Login(_)), Some(same)) if self.has_logged_in(member, begun).await => txn = *same,
+                (answer, _) => return answer,
+            }
+        }
     }
 
     /// Reads until etcd answers, linearizably. `limit` bounds the time; without one the caller does.
@@ -99,7 +115,7 @@ impl Rpc {
         let read = async {
             let mut backoff = Backoff::of_requests();
             loop {
-                let member = self.endpoints.current();
+                let (member, begun) = (self.endpoints.current(), Instant::now());
                 // The attempt must be gone before the pause: it may hold what others wait for.
                 let answer = {
                     let call = pin!(async {
@@ -113,6 +129,7 @@ impl Rpc {
                 match answer {
                     Ok(response) => return Ok(response),
                     Err(Failure::Refused(error)) => return Err(error),
+                    Err(Failure::Login(_)) if self.has_logged_in(member, begun).await => {}
                     Err(_) => backoff.wait(&self.runtime).await,
                 }
             }
@@ -138,12 +155,16 @@ impl Rpc {
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
-        let member = self.endpoints.current();
+        let (member, begun) = (self.endpoints.current(), Instant::now());
         let call = pin!(async {
             let client = self.endpoints.client(member).await?;
             call(client).await
         });
-        self.bounded(member, key, call).await
+        let answer = self.bounded(member, key, call).await;
+        if let Err(Failure::Login(_)) = answer {
+            self.has_logged_in(member, begun).await;
+        }
+        answer
     }
 
     /// Waits for an attempt, and finds out what its failure means. The attempt is pinned, because it is large, and each
@@ -161,25 +182,35 @@ impl Rpc {
         };
         tracing::debug!(key = %name::display(key), ?failure, "attempt failed");
         match &failure {
-            // Boxed, because it is large and rarely runs, and every request's future contains it.
-            Failure::Login(_) => Box::pin(self.log_in_again(member)).await,
             Failure::Again(_) | Failure::Unknown(_) => self.endpoints.avoid(member),
-            Failure::LeaseGone(_) | Failure::LeaseExists | Failure::Refused(_) => {}
+            Failure::LeaseGone(_) | Failure::LeaseExists | Failure::Login(_) | Failure::Refused(_) => {}
         }
         Err(failure)
     }
 
-    /// Renews the token: the client does so by itself only for some of the errors that ask for it.
-    pub(crate) async fn log_in_again(&self, member: usize) {
-        let mut last = self.login.lock().await;
-        if last.is_some_and(|last| last.elapsed() < LOGIN_PAUSE) {
-            return;
-        }
-        *last = Some(Instant::now());
-        let refresh = async { self.endpoints.client(member).await?.refresh_token().await };
-        if !matches!(tokio::time::timeout(self.timeout, refresh).await, Ok(Ok(()))) {
-            self.endpoints.avoid(member);
-        }
+    /// Renews the token that was refused to a request begun at `begun`: the client does so by itself only for some of
+    /// the errors that ask for it. True if the request may be made again at once, with another token. If every change of
+    /// users and permissions voids the tokens, and there are many, that moment is all there is.
+    pub(crate) fn has_logged_in(&self, member: usize, begun: Instant) -> BoxFuture<'_, bool> {
+        // Boxed, because it is large and rarely runs, and every request's future contains it.
+        Box::pin(async move {
+            if !self.has_user {
+                return false;
+            }
+            let mut last = self.login.lock().await;
+            match *last {
+                Some(last) if last.ended >= begun => return last.succeeded,
+                Some(last) if last.ended.elapsed() < LOGIN_PAUSE => return false,
+                _ => {}
+            }
+            let refresh = async { self.endpoints.client(member).await?.refresh_token().await };
+            let succeeded = matches!(tokio::time::timeout(self.timeout, refresh).await, Ok(Ok(())));
+            *last = Some(Login { ended: Instant::now(), succeeded });
+            if !succeeded {
+                self.endpoints.avoid(member);
+            }
+            succeeded
+        })
     }
 }
 
@@ -211,9 +242,7 @@ pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) ->
             Failure::Refused(Error::AuthFailed { source: error })
         }
         "user name is empty" if !has_user => Failure::Refused(Error::AuthFailed { source: error }),
-        "user name is empty" | "invalid auth token" | "revision of auth store is old" => {
-            Failure::Login(error)
-        }
+        _ if is_token_refused(&error) => Failure::Login(error),
         "too many requests" | "rpc not supported for learner" => Failure::Again(error),
         "request is too large"
         | "too many operations in txn request"
@@ -224,6 +253,14 @@ pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) ->
         | "mvcc: required revision is a future revision" => refused(error),
         _ => Failure::Unknown(Some(error)),
     }
+}
+
+/// Whether etcd asks for another token.
+pub(crate) fn is_token_refused(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status) if matches!(
+        status.message(),
+        "etcdserver: user name is empty" | "etcdserver: invalid auth token" | "etcdserver: revision of auth store is old"
+    ))
 }
 
 /// The revision of the store when it gave the answer; 0 when it did not say.

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Kind, Message, Request, Shared, Watch};
-use crate::session::rpc::{self, Failure, revision};
+use crate::session::rpc::{is_token_refused, revision};
 use crate::session::runtime::Backoff;
 
 /// How long a watch that lingers stays without subscribers.
@@ -68,6 +68,13 @@ enum End {
     Closing,
     Idle,
     Broken,
+    TokenRefused,
+}
+
+impl End {
+    fn of(error: &etcd_client::Error) -> Self {
+        if is_token_refused(error) { Self::TokenRefused } else { Self::Broken }
+    }
 }
 
 impl Task {
@@ -93,7 +100,8 @@ impl Task {
                 match end {
                     End::Closing => return,
                     End::Idle => break,
-                    End::Broken => self.shared.rpc.endpoints.avoid(member),
+                    End::TokenRefused if self.shared.rpc.has_logged_in(member, opened).await => continue,
+                    End::Broken | End::TokenRefused => self.shared.rpc.endpoints.avoid(member),
                 }
                 if opened.elapsed() > GRACE {
                     backoff = Backoff::of_requests();
@@ -108,7 +116,10 @@ impl Task {
         while self.inbox.try_recv().is_ok() {
             // Whatever it asks for, the table says it too.
         }
-        let Some(mut stream) = self.open(member).await else { return End::Broken };
+        let mut stream = match self.open(member).await {
+            Ok(stream) => stream,
+            Err(end) => return end,
+        };
         let mut empty_since = None;
         loop {
             let restless = !stream.pending.is_empty() || !self.shared.table().lingering.is_empty();
@@ -126,19 +137,13 @@ impl Task {
                                 self.end_restored(&stream).await;
                                 return End::Broken;
                             }
-                            Heard::Unauthenticated => {
-                                self.shared.rpc.log_in_again(member).await;
-                                return End::Broken;
-                            }
+                            Heard::Unauthenticated => return End::TokenRefused,
                         }
                     }
                     Ok(None) => return End::Broken,
                     Err(error) => {
                         tracing::debug!(%error, "watch stream lost");
-                        if let Failure::Login(_) = rpc::classify(b"", error, self.shared.rpc.has_user) {
-                            self.shared.rpc.log_in_again(member).await;
-                        }
-                        return End::Broken;
+                        return End::of(&error);
                     }
                 },
                 request = self.inbox.recv() => match request {
@@ -164,12 +169,12 @@ impl Task {
         }
     }
 
-    async fn open(&self, member: usize) -> Option<Stream> {
+    async fn open(&self, member: usize) -> Result<Stream, End> {
         let rpc = &self.shared.rpc;
         let ids: Vec<i64> = self.shared.table().watches.keys().copied().collect();
         let mut creations =
             ids.iter().filter_map(|id| self.creation(*id).map(|(key, options)| (*id, key, options)));
-        let (first, key, options) = creations.next()?;
+        let (first, key, options) = creations.next().ok_or(End::Broken)?;
         let open = async {
             let client = rpc.endpoints.client(member).await?;
             client.watch_client().max_decoding_message_size(MAX_MESSAGE).watch(key, Some(options)).await
@@ -178,12 +183,9 @@ impl Task {
             Ok(Ok(stream)) => stream.split(),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "no watch stream");
-                if let Failure::Login(_) = rpc::classify(b"", error, rpc.has_user) {
-                    rpc.log_in_again(member).await;
-                }
-                return None;
+                return Err(End::of(&error));
             }
-            Err(_) => return None,
+            Err(_) => return Err(End::Broken),
         };
         let (writer, inbox) = unbounded_channel();
         // The client's own queue is bounded, and waiting for it here would keep the stream from being read.
@@ -195,7 +197,7 @@ impl Task {
             stream.pending.push_back(id);
             let _ = stream.writer.send(Write::Create(key, Box::new(options)));
         }
-        Some(stream)
+        Ok(stream)
     }
 
     fn create(&self, stream: &mut Stream, id: i64) {
