@@ -1,6 +1,8 @@
 //! Passwords and permissions: refused with an error of their own, and lived with.
 
 use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use etcd_recipes::etcd_client::{Client, ConnectOptions, Txn, TxnOp};
@@ -272,11 +274,13 @@ async fn unnoticed(options: Options) {
         let one = connect(scope, alice()).await;
         let sessions = [one.beside().await.unwrap(), one, connect(scope, alice()).await];
         owns(scope, &sessions[0]);
+        let worked = Arc::new(AtomicUsize::new(0));
         let working = sessions.iter().map(|session| {
-            let mutex = Mutex::new(session, scope.key("lock")).unwrap();
+            let (mutex, worked) = (Mutex::new(session, scope.key("lock")).unwrap(), worked.clone());
             tokio::spawn(async move {
                 loop {
                     mutex.lock().await?.unlock().await?;
+                    worked.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             })
@@ -299,6 +303,9 @@ async fn unnoticed(options: Options) {
             assert!(!work.is_finished(), "an error came to the user");
             work.abort();
         }
+        // Three sessions log in once a second each, and each time have a moment.
+        let worked = worked.load(Ordering::Relaxed);
+        assert!(worked > 9, "they had the lock only {worked} times");
         for work in working {
             let _ = work.await;
         }
