@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use etcd_client::Client;
-use tokio::sync::{Mutex as AsyncMutex, oneshot, watch as channel};
+use tokio::sync::{oneshot, watch as channel};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::dial::Dial;
@@ -205,8 +205,8 @@ impl SessionBuilder {
                 Connections::Endpoints(names) => Endpoints::dial(names, self.dial()),
                 Connections::Client(client) => Endpoints::given((**client).clone()),
             };
-            let (login, probe) = (AsyncMutex::default(), name::probe(&self.namespace));
-            Arc::new(Rpc { endpoints, runtime, timeout, has_user, login, probe })
+            let probe = name::probe(&self.namespace);
+            Arc::new(Rpc { endpoints, runtime, timeout, has_user, probe })
         };
         Transport::new(rpc(runtime), rpc(keeping), closing)
     }

@@ -5,9 +5,11 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use etcd_client::{Client, KvClient};
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex as AsyncMutex, OnceCell};
+use tokio::time::Instant;
 
 use super::dial::Dial;
 use super::runtime::{Backoff, Runtime};
@@ -34,7 +36,18 @@ struct Member {
     idle: Mutex<Idle>,
     /// How many transactions and reads are on their way or being answered.
     under_way: Arc<AtomicUsize>,
+    /// Whoever renews the token of the client has it.
+    login: AsyncMutex<Option<Login>>,
 }
+
+/// The last time that another token was asked for.
+struct Login {
+    at: Instant,
+    succeeded: bool,
+}
+
+/// After a token was asked for, the next is not for this long: each costs etcd much.
+const LOGIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Boxed, because a client is moved about, and large.
 type Idle = Vec<Box<KvClient>>;
@@ -78,6 +91,28 @@ impl Endpoints {
         // Boxed, because it is large and rarely runs, and every request's future contains it.
         let connect = || Box::pin(self.connect(member));
         member.client.get_or_try_init(connect).await
+    }
+
+    /// Renews the token that member `index` refused to a request begun at `begun`: the client does so by itself only for
+    /// some of the errors that ask for it. True if there is a newer one, so that the request may be made again at once.
+    /// All that ask while there is a pause get the same token after it.
+    pub(crate) async fn renew_token(&self, index: usize, begun: Instant, limit: Duration) -> bool {
+        let mut login = self.member(index).login.lock().await;
+        if let Some(Login { at, succeeded }) = *login {
+            if at > begun {
+                return succeeded;
+            }
+            tokio::time::sleep_until(at + LOGIN_PAUSE).await;
+        }
+        // The caller may give up meanwhile.
+        *login = Some(Login { at: Instant::now(), succeeded: false });
+        let renew = async { self.client(index).await?.refresh_token().await };
+        let succeeded = matches!(tokio::time::timeout(limit, renew).await, Ok(Ok(())));
+        *login = Some(Login { at: Instant::now(), succeeded });
+        if !succeeded {
+            self.avoid(index);
+        }
+        succeeded
     }
 
     /// What one request to member `index` is sent with.
@@ -156,7 +191,7 @@ impl Drop for UnderWay<'_> {
 
 impl Member {
     fn new(name: String, client: OnceCell<Client>) -> Self {
-        Self { name, client, idle: Mutex::default(), under_way: Arc::default() }
+        Self { name, client, idle: Mutex::default(), under_way: Arc::default(), login: AsyncMutex::default() }
     }
 
     fn idle(&self) -> MutexGuard<'_, Idle> {

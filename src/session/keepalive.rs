@@ -84,7 +84,7 @@ struct Sent {
 
 /// A keepalive that was answered.
 struct Answered {
-    answer: oneshot::Sender<Beat>,
+    request: Request,
     renewal: Renewal,
     term: u64,
 }
@@ -155,7 +155,7 @@ struct Task {
     rpc: Arc<Rpc>,
     member: usize,
     inbox: UnboundedReceiver<Request>,
-    /// Requests that were not answered on a stream whose token was refused.
+    /// Requests that came to nothing on a stream whose token was refused.
     again: VecDeque<Request>,
 }
 
@@ -168,6 +168,7 @@ struct Open {
     sent: VecDeque<Sent>,
     /// Not confirmed, and no read begun since.
     answered: Vec<Answered>,
+    confirmation: Option<Confirmation>,
 }
 
 /// A read under way, and the answers that came before it began.
@@ -185,7 +186,7 @@ impl Task {
                 Ok(Ok(mut open)) => match self.serve(&mut open, first).await {
                     Ok(()) => return,
                     Err(error) => {
-                        self.again.extend(open.sent.into_iter().map(|sent| sent.request));
+                        self.again.extend(open.unconfirmed());
                         error
                     }
                 },
@@ -200,7 +201,7 @@ impl Task {
                 Err(_) => return tracing::debug!("no keepalive stream in time"),
             };
             match rpc::classify(b"the session's lease", failed, self.rpc.has_user) {
-                Failure::Login(_) if self.rpc.has_logged_in(self.member, begun).await => continue,
+                Failure::Login(_) if self.rpc.renew_token(self.member, begun).await => continue,
                 Failure::Refused(error) => tracing::warn!(error = ?error, "etcd refuses to renew the lease"),
                 failure => tracing::debug!(?failure, "keepalive stream failed"),
             }
@@ -218,21 +219,21 @@ impl Task {
     async fn open(&self, lease: NonZeroI64) -> Result<Open, EtcdError> {
         let client = self.rpc.endpoints.client(self.member).await?.clone();
         let (keeper, answers) = client.lease_client().keep_alive(lease.get()).await?;
-        Ok(Open { client, keeper, answers, sent: VecDeque::new(), answered: Vec::new() })
+        let (sent, answered, confirmation) = (VecDeque::new(), Vec::new(), None);
+        Ok(Open { client, keeper, answers, sent, answered, confirmation })
     }
 
     /// Sends, hears and confirms; fine when nobody needs the stream any more, or nothing came for too long.
     async fn serve(&mut self, open: &mut Open, first: Request) -> Result<(), EtcdError> {
         open.send(first, self.rpc.runtime.now()).await?;
         let (limit, mut wanted) = (self.rpc.timeout * 2, true);
-        let mut confirmation: Option<Confirmation> = None;
         loop {
-            let due = !open.sent.is_empty() || confirmation.is_some();
+            let due = !open.sent.is_empty() || open.confirmation.is_some();
             if !wanted && !due {
                 return Ok(());
             }
             let confirmed = async {
-                match &mut confirmation {
+                match &mut open.confirmation {
                     Some(confirmation) => (&mut confirmation.term).await,
                     None => std::future::pending().await,
                 }
@@ -245,7 +246,7 @@ impl Task {
                 },
                 term = confirmed => {
                     let term = term?;
-                    if !confirmation.take().is_none_or(|confirmation| confirmation.settle(term)) {
+                    if !open.confirmation.take().is_none_or(|confirmation| confirmation.settle(term)) {
                         tracing::debug!("a keepalive was answered by a leader of another term");
                         return Ok(());
                     }
@@ -256,8 +257,8 @@ impl Task {
                 },
                 () = tokio::time::sleep(limit), if due => return Ok(()),
             }
-            if confirmation.is_none() && !open.answered.is_empty() {
-                confirmation = Some(open.confirm(self.rpc.clone(), self.member));
+            if open.confirmation.is_none() && !open.answered.is_empty() {
+                open.confirmation = Some(open.confirm(self.rpc.clone(), self.member));
             }
         }
     }
@@ -277,18 +278,25 @@ impl Open {
     fn hear(&mut self, message: &LeaseKeepAliveResponse) {
         let same = |sent: &Sent| sent.request.lease.get() == message.id();
         let Some(sent) = self.sent.iter().position(same).and_then(|at| self.sent.remove(at)) else { return };
-        let answer = sent.request.answer;
+        let Sent { request, at } = sent;
         match (u64::try_from(message.ttl()), message.header()) {
             (Ok(0) | Err(_), _) => {
-                let _ = answer.send(Beat::Gone);
+                let _ = request.answer.send(Beat::Gone);
             }
             (Ok(ttl), Some(header)) => {
-                let renewal = Renewal { sent: sent.at, ttl: Duration::from_secs(ttl) };
-                self.answered.push(Answered { answer, renewal, term: header.raft_term() });
+                let renewal = Renewal { sent: at, ttl: Duration::from_secs(ttl) };
+                self.answered.push(Answered { request, renewal, term: header.raft_term() });
             }
             // Cannot be confirmed.
             (Ok(_), None) => {}
         }
+    }
+
+    /// The requests that nobody knows to have been done.
+    fn unconfirmed(self) -> impl Iterator<Item = Request> {
+        let answered = self.confirmation.into_iter().flat_map(|confirmation| confirmation.answered);
+        let answered = answered.chain(self.answered).map(|answered| answered.request);
+        answered.chain(self.sent.into_iter().map(|sent| sent.request))
     }
 
     /// Begins a read that confirms everything answered so far.
@@ -300,7 +308,7 @@ impl Open {
                 match kv.get(rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await {
                     Ok(read) => return Ok(read.header().map_or(0, ResponseHeader::raft_term)),
                     Err(error) => {
-                        if !rpc::is_token_refused(&error) || !rpc.has_logged_in(member, begun).await {
+                        if !rpc::is_token_refused(&error) || !rpc.renew_token(member, begun).await {
                             return Err(error);
                         }
                     }
@@ -315,10 +323,10 @@ impl Confirmation {
     /// Tells everybody whose answer is of the same term; false if there is another.
     fn settle(self, term: u64) -> bool {
         let mut all = true;
-        for Answered { answer, renewal, term: answered } in self.answered {
+        for Answered { request, renewal, term: answered } in self.answered {
             all &= answered == term;
             if answered == term {
-                let _ = answer.send(Beat::Confirmed(renewal));
+                let _ = request.answer.send(Beat::Confirmed(renewal));
             }
         }
         all
@@ -332,8 +340,9 @@ mod tests {
 
     fn answered(term: u64) -> (Answered, oneshot::Receiver<Beat>) {
         let (answer, beat) = oneshot::channel();
+        let request = Request { lease: NonZeroI64::MIN, answer };
         let renewal = Renewal { sent: Time(1), ttl: Duration::from_secs(1) };
-        (Answered { answer, renewal, term }, beat)
+        (Answered { request, renewal, term }, beat)
     }
 
     fn confirmation(answered: Vec<Answered>) -> Confirmation {

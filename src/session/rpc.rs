@@ -12,7 +12,6 @@ use std::time::Duration;
 use etcd_client::proto::{PbResponseOp, PbTxnOpResponse};
 use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn, TxnResponse};
 use futures::future::BoxFuture;
-use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
 use super::endpoints::Endpoints;
@@ -22,9 +21,6 @@ use crate::name;
 
 /// How long a read for the caller is tried before it fails as unreachable.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
-
-/// After a login, the next is not made for this long.
-const LOGIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why an attempt has no answer to use.
 #[derive(Debug)]
@@ -62,13 +58,6 @@ impl Failure {
     }
 }
 
-/// The last login: one is enough for all that need it, and each costs etcd much.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Login {
-    ended: Instant,
-    succeeded: bool,
-}
-
 /// Sends requests to the member of choice.
 #[derive(Debug)]
 pub(crate) struct Rpc {
@@ -78,7 +67,6 @@ pub(crate) struct Rpc {
     pub(crate) timeout: Duration,
     /// Whether the client can, or might, log in again when its token is refused.
     pub(crate) has_user: bool,
-    pub(crate) login: AsyncMutex<Option<Login>>,
     /// A key to read when only the answer's header is wanted.
     pub(crate) probe: Vec<u8>,
 }
@@ -99,7 +87,7 @@ impl Rpc {
                 self.bounded(member, key, call).await
             };
             match (answer, again.take()) {
-                (Err(Failure::Login(_)), Some(same)) if self.has_logged_in(member, begun).await => txn = *same,
+                (Err(Failure::Login(_)), Some(same)) if self.renew_token(member, begun).await => txn = *same,
                 (answer, _) => return answer,
             }
         }
@@ -129,7 +117,7 @@ impl Rpc {
                 match answer {
                     Ok(response) => return Ok(response),
                     Err(Failure::Refused(error)) => return Err(error),
-                    Err(Failure::Login(_)) if self.has_logged_in(member, begun).await => {}
+                    Err(Failure::Login(_)) if self.renew_token(member, begun).await => {}
                     Err(_) => backoff.wait(&self.runtime).await,
                 }
             }
@@ -146,25 +134,26 @@ impl Rpc {
         Error::Unreachable { endpoints: self.endpoints.names(), waited, source }
     }
 
-    /// Makes one attempt of a request, through the current member.
-    pub(crate) async fn attempt<T, F>(
-        &self,
-        key: &[u8],
-        call: impl FnOnce(&Client) -> F,
-    ) -> Result<T, Failure>
+    /// Makes one attempt of a request, through the current member, and another if its token was refused.
+    pub(crate) async fn attempt<T, F>(&self, key: &[u8], call: impl Fn(&Client) -> F) -> Result<T, Failure>
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
-        let (member, begun) = (self.endpoints.current(), Instant::now());
-        let call = pin!(async {
-            let client = self.endpoints.client(member).await?;
-            call(client).await
-        });
-        let answer = self.bounded(member, key, call).await;
-        if let Err(Failure::Login(_)) = answer {
-            self.has_logged_in(member, begun).await;
+        let mut again = true;
+        loop {
+            let (member, begun) = (self.endpoints.current(), Instant::now());
+            let answer = {
+                let call = pin!(async {
+                    let client = self.endpoints.client(member).await?;
+                    call(client).await
+                });
+                self.bounded(member, key, call).await
+            };
+            match answer {
+                Err(Failure::Login(_)) if again && self.renew_token(member, begun).await => again = false,
+                answer => return answer,
+            }
         }
-        answer
     }
 
     /// Waits for an attempt, and finds out what its failure means. The attempt is pinned, because it is large, and each
@@ -188,29 +177,13 @@ impl Rpc {
         Err(failure)
     }
 
-    /// Renews the token that was refused to a request begun at `begun`: the client does so by itself only for some of
-    /// the errors that ask for it. True if the request may be made again at once, with another token. If every change of
-    /// users and permissions voids the tokens, and there are many, that moment is all there is.
-    pub(crate) fn has_logged_in(&self, member: usize, begun: Instant) -> BoxFuture<'_, bool> {
+    /// Renews a token that was refused to a request begun at `begun`; true if it may be made again at once. Where each change
+    /// of users and permissions makes every token void, and there are many of them, that moment is all there is.
+    pub(crate) fn renew_token(&self, member: usize, begun: Instant) -> BoxFuture<'_, bool> {
         // Boxed, because it is large and rarely runs, and every request's future contains it.
-        Box::pin(async move {
-            if !self.has_user {
-                return false;
-            }
-            let mut last = self.login.lock().await;
-            match *last {
-                Some(last) if last.ended >= begun => return last.succeeded,
-                Some(last) if last.ended.elapsed() < LOGIN_PAUSE => return false,
-                _ => {}
-            }
-            let refresh = async { self.endpoints.client(member).await?.refresh_token().await };
-            let succeeded = matches!(tokio::time::timeout(self.timeout, refresh).await, Ok(Ok(())));
-            *last = Some(Login { ended: Instant::now(), succeeded });
-            if !succeeded {
-                self.endpoints.avoid(member);
-            }
-            succeeded
-        })
+        Box::pin(
+            async move { self.has_user && self.endpoints.renew_token(member, begun, self.timeout).await },
+        )
     }
 }
 
@@ -241,7 +214,7 @@ pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) ->
         "authentication failed, invalid user ID or password" | "authentication is not enabled" => {
             Failure::Refused(Error::AuthFailed { source: error })
         }
-        "user name is empty" if !has_user => Failure::Refused(Error::AuthFailed { source: error }),
+        _ if !has_user && is_user_missing(&error) => Failure::Refused(Error::AuthFailed { source: error }),
         _ if is_token_refused(&error) => Failure::Login(error),
         "too many requests" | "rpc not supported for learner" => Failure::Again(error),
         "request is too large"
@@ -255,12 +228,18 @@ pub(crate) fn classify(key: &[u8], error: etcd_client::Error, has_user: bool) ->
     }
 }
 
+/// What etcd says to a client that has no token at all.
+const NO_USER: &str = "etcdserver: user name is empty";
+
 /// Whether etcd asks for another token.
 pub(crate) fn is_token_refused(error: &etcd_client::Error) -> bool {
-    matches!(error, etcd_client::Error::GRpcStatus(status) if matches!(
-        status.message(),
-        "etcdserver: user name is empty" | "etcdserver: invalid auth token" | "etcdserver: revision of auth store is old"
-    ))
+    let refusals = [NO_USER, "etcdserver: invalid auth token", "etcdserver: revision of auth store is old"];
+    matches!(error, etcd_client::Error::GRpcStatus(status) if refusals.contains(&status.message()))
+}
+
+/// Whether the client has no user, where one is needed.
+pub(crate) fn is_user_missing(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status) if status.message() == NO_USER)
 }
 
 /// The revision of the store when it gave the answer; 0 when it did not say.
@@ -340,7 +319,11 @@ mod tests {
         for passes in ["etcdserver: too many requests", "etcdserver: rpc not supported for learner"] {
             assert!(matches!(meaning(passes), Failure::Again(_)), "{passes}");
         }
-        for login in ["etcdserver: invalid auth token", "etcdserver: user name is empty"] {
+        for login in [
+            "etcdserver: invalid auth token",
+            "etcdserver: user name is empty",
+            "etcdserver: revision of auth store is old",
+        ] {
             assert!(matches!(meaning(login), Failure::Login(_)), "{login}");
         }
         for refusal in
@@ -379,7 +362,6 @@ mod tests {
             runtime: Arc::new(Runtime::current()),
             timeout: Duration::from_millis(500),
             has_user: false,
-            login: AsyncMutex::default(),
             probe: Vec::new(),
         };
         let mut read = pin!(rpc.get(b"key", GetOptions::new(), None));

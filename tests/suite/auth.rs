@@ -285,7 +285,19 @@ async fn unnoticed(options: Options) {
                 }
             })
         });
-        let working: Vec<tokio::task::JoinHandle<Result<()>>> = working.collect();
+        let mut working: Vec<tokio::task::JoinHandle<Result<()>>> = working.collect();
+        // Sessions that begin meanwhile, beside another and by themselves.
+        let (begun, other) = (Arc::new(AtomicUsize::new(0)), sessions[0].clone());
+        let endpoint = scope.endpoint().to_owned();
+        let count = begun.clone();
+        working.push(tokio::spawn(async move {
+            loop {
+                other.beside().await?.close().await?;
+                let alice = Session::builder([&*endpoint]).ttl(TTL).user("alice", "pw");
+                alice.connect().await?.close().await?;
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        }));
         let begin = Instant::now();
         // A lease that is not renewed ends meanwhile.
         for change in (0..).take_while(|change| *change < CHANGES || begin.elapsed() < TTL * 2) {
@@ -293,19 +305,23 @@ async fn unnoticed(options: Options) {
             let kind: &[&str] = if change % 2 == 0 { &["bob", "read", "other"] } else { &["bob", "other"] };
             guarded.ctl(&[&["role", what], kind].concat()).await;
         }
-        for (session, work) in sessions.iter().zip(&working) {
+        for session in &sessions {
             let state = session.state();
             let first = matches!(
                 state,
                 SessionState::Connected { generation: 1 } | SessionState::Suspended { generation: 1 }
             );
             assert!(first, "{state:?}");
+        }
+        for work in &working {
             assert!(!work.is_finished(), "an error came to the user");
             work.abort();
         }
-        // Three sessions log in once a second each, and each time have a moment.
-        let worked = worked.load(Ordering::Relaxed);
+        // A second has few logins at worst, and after each there is a moment.
+        let (worked, begun) = (worked.load(Ordering::Relaxed), begun.load(Ordering::Relaxed));
+        eprintln!("WORKED {worked} {begun}");
         assert!(worked > 9, "they had the lock only {worked} times");
+        assert!(begun > 0, "no session could begin");
         for work in working {
             let _ = work.await;
         }
@@ -338,9 +354,8 @@ async fn a_session_whose_token_is_refused_renews_its_lease_at_once() {
             // One answer is to the opening of the stream.
             let renewed = async || faults.messages_received("LeaseKeepAlive") > 1;
             eventually(PATIENCE, "it is renewed", renewed).await;
-            assert_eq!(faults.calls("LeaseKeepAlive"), 2);
             states.never_lost();
-            let at_once = states.seen().len() == 1;
+            let at_once = states.seen().len() == 1 && faults.calls("LeaseKeepAlive") == 2;
             session.close().await.unwrap();
             at_once
         };

@@ -82,9 +82,12 @@ impl Child {
     pub(crate) async fn kill(mut self) -> Vec<String> {
         self.process.kill();
         let mut said = Vec::new();
-        while let Some(line) = self.lines.recv().await {
-            said.push(line);
-        }
+        let rest = async {
+            while let Some(line) = self.lines.recv().await {
+                said.push(line);
+            }
+        };
+        tokio::time::timeout(PATIENCE, rest).await.expect("somebody else has its output");
         said
     }
 

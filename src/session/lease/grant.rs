@@ -12,7 +12,7 @@ use futures::{FutureExt as _, TryFutureExt as _};
 use super::{Keeper, local_deadline};
 use crate::error::{Error, Result};
 use crate::session::generation::Generation;
-use crate::session::rpc::{Failure, RangeAnswer, Rpc, revision};
+use crate::session::rpc::{Failure, RangeAnswer, Rpc, is_user_missing, revision};
 use crate::session::runtime::{Backoff, Time};
 use crate::session::slots::Slots;
 
@@ -59,23 +59,22 @@ impl Keeper {
     /// Makes sure that the session may do what it has to do: etcd grants leases to everybody, and a session that may not
     /// read would only find out when it cannot confirm its first keepalive.
     async fn admitted(&self, last: &mut Option<etcd_client::Error>) -> Result<()> {
-        let (mut backoff, mut logins) = (Backoff::of_requests(), 0);
+        let mut backoff = Backoff::of_requests();
         loop {
-            let probe = self.rpc().probe.clone();
             let call = |client: &Client| {
                 let (mut client, options) = (client.kv_client(), GetOptions::new().with_count_only());
+                let probe = self.rpc().probe.clone();
                 async move { client.get(probe, Some(options)).await }
             };
             match self.rpc().attempt(&self.rpc().probe, call).await {
                 Ok(_) => return Ok(()),
                 Err(Failure::Refused(error)) => return Err(error),
-                // A new login did not help: the client has no user.
-                Err(Failure::Login(source)) if logins == 3 => return Err(Error::AuthFailed { source }),
-                Err(Failure::Login(error)) => {
-                    logins += 1;
+                Err(Failure::Login(source)) if is_user_missing(&source) => {
+                    return Err(Error::AuthFailed { source });
+                }
+                Err(Failure::Again(error) | Failure::Login(error) | Failure::LeaseGone(error)) => {
                     *last = Some(error);
                 }
-                Err(Failure::Again(error) | Failure::LeaseGone(error)) => *last = Some(error),
                 Err(Failure::Unknown(error)) => *last = error,
                 Err(Failure::LeaseExists) => {}
             }

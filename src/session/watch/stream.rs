@@ -69,6 +69,8 @@ enum End {
     Idle,
     Broken,
     TokenRefused,
+    /// There is another token.
+    Again,
 }
 
 impl End {
@@ -91,20 +93,26 @@ impl Task {
             while !self.shared.table().watches.is_empty() {
                 let opened = Instant::now();
                 let member = self.shared.rpc.endpoints.current();
+                let serve = async {
+                    match self.serve(member).await {
+                        End::TokenRefused if self.shared.rpc.renew_token(member, opened).await => End::Again,
+                        end => end,
+                    }
+                };
                 let end = tokio::select! {
                     biased;
                     () = closing.cancelled() => return,
-                    end = self.serve(member) => end,
+                    end = serve => end,
                 };
                 self.shared.table().lost();
+                if opened.elapsed() > GRACE {
+                    backoff = Backoff::of_requests();
+                }
                 match end {
                     End::Closing => return,
                     End::Idle => break,
-                    End::TokenRefused if self.shared.rpc.has_logged_in(member, opened).await => continue,
+                    End::Again => continue,
                     End::Broken | End::TokenRefused => self.shared.rpc.endpoints.avoid(member),
-                }
-                if opened.elapsed() > GRACE {
-                    backoff = Backoff::of_requests();
                 }
                 backoff.wait(&self.shared.rpc.runtime).await;
             }

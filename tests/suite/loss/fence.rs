@@ -50,7 +50,8 @@ impl Pair {
 
     /// The old holder's write must have been refused, by etcd.
     async fn refused(&self, old: MutexGuard, result: Result<etcd_client::TxnResponse, Error>) {
-        assert!(result.unwrap_err().is_lost());
+        let error = result.unwrap_err();
+        assert!(error.is_lost(), "{error:?}");
         assert!(!old.is_held(), "a refused write tells the loss");
         let mut client = self.client.clone();
         let compared =

@@ -284,14 +284,14 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
         let mut story = Story::default();
         let new_worker = || Worker::new(start(scope, "work"));
         let mut workers: Vec<Worker> = (0..CONSUMERS).map(|_| new_worker()).collect();
-        let (mut killed, mut doomed, mut restarts) = (Instant::now(), 0, 0);
+        let (mut killed, mut doomed, mut restarts, mut acked) = (Instant::now(), 0, 0, 0);
         let limit =
             Instant::now() + if full() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
         loop {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            let acked = story.acked.len();
             workers.iter_mut().for_each(|worker| story.hear(worker));
             waiting.add_permits(story.acked.len() - acked);
+            acked = story.acked.len();
             while let Some(ended) = producers.try_join_next() {
                 story.put.extend(ended.unwrap());
             }
