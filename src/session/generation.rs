@@ -3,12 +3,17 @@
 use std::num::NonZeroI64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::runtime::{Runtime, Time};
 use super::slots::{Nonces, Slots};
+
+/// How long the answers to requests under way are waited for when a generation ends. They tell what became of a write, which
+/// otherwise nobody knows.
+const LAST_ANSWERS: Duration = Duration::from_millis(250);
 
 /// One lease of a session, from its grant to its loss.
 #[derive(Debug)]
@@ -114,6 +119,12 @@ impl Generation {
     /// Waits for the end.
     pub(crate) async fn ended(&self) {
         self.ended.cancelled().await;
+    }
+
+    /// Waits for the end, and a moment longer: what was under way has been answered then, or its answer is late.
+    pub(crate) async fn over(&self) {
+        self.ended().await;
+        tokio::time::sleep(LAST_ANSWERS).await;
     }
 
     /// Ends the generation now: the lease is known to be gone, or is about to be revoked.

@@ -149,7 +149,7 @@ where
                 () = answer.closed() => return self.give_up(slot, settle).await,
                 attempt = self.attempt(&mut slot, unanswered) => attempt,
                 // The slot is on the lease, so no attempt can be applied any more; but the one under way may have been.
-                () = self.generation.ended() => break Err(self.ended(true)),
+                () = self.generation.over() => break Err(self.ended(true)),
             };
             match attempt {
                 Ok(Some(done)) => break Ok(done),

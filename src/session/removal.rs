@@ -55,7 +55,7 @@ impl Core {
         };
         let over = async {
             match generation {
-                Some(generation) => generation.ended().await,
+                Some(generation) => generation.over().await,
                 None => std::future::pending().await,
             }
         };

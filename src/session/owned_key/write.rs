@@ -37,7 +37,7 @@ impl Owned {
                 () = self.detached.cancelled() => return Err(self.unresolved(true)),
                 attempt = self.core.rpc.txn(&self.key, txn) => attempt,
                 // The attempt under way may have been applied.
-                () = self.generation.ended() => return Err(self.unresolved(true)),
+                () = self.generation.over() => return Err(self.unresolved(true)),
             };
             match attempt {
                 Ok(response) if response.succeeded() => {

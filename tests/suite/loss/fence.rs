@@ -135,3 +135,35 @@ async fn a_write_after_the_lease_was_revoked_is_refused() {
     })
     .await;
 }
+
+/// The session hears of the end while a write is on its way. Its answer, a moment later, says that it was not done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_under_way_when_the_lease_ends_is_told_of_it() {
+    scoped(async |scope| {
+        let pair = Pair::connect(scope).await;
+        let mut told = 0;
+        for _ in 0..5 {
+            let old = Arc::new(pair.lock(&pair.old).await);
+            let lease = pair.old.lease_id().unwrap();
+            scope.owns_lease(lease);
+            let write = pair.faults.on("Txn").containing(&pair.data).inject(Fault::Hold(Until::Released));
+            let (writer, put) = (old.clone(), Txn::new().and_then([pair.put("old")]));
+            let writing = tokio::spawn(async move { writer.txn(put).await });
+            write.hit(1).await;
+            let mut state = pair.old.watch_state();
+            let connected = *state.borrow_and_update();
+            pair.client.clone().lease_revoke(lease).await.unwrap();
+            // It meets the end of the lease.
+            let other = Mutex::new(&pair.old, scope.key("other")).unwrap();
+            let meeting = tokio::spawn(async move { other.lock().await?.unlock().await });
+            state.wait_for(|state| *state != connected).await.unwrap();
+            write.release();
+            told += usize::from(writing.await.unwrap().unwrap_err().is_lost());
+            meeting.await.unwrap().unwrap();
+        }
+        // The answer of a slow machine may come too late.
+        assert!(told > 0, "nobody was told");
+        pair.close().await;
+    })
+    .await;
+}

@@ -189,8 +189,17 @@ struct Story {
     /// How many consumers died with an item for sure, and how many of those were delivered again.
     died: usize,
     redelivered: usize,
-    slowest: Duration,
+    slowest: Slow,
     etcd_started: Option<Instant>,
+    /// All that was said and done, to tell how a slow one came about.
+    log: Vec<(Instant, String)>,
+}
+
+/// A redelivery, and what was said of the item.
+#[derive(Default)]
+struct Slow {
+    after: Duration,
+    said: Vec<String>,
 }
 
 /// An item that a dead consumer had claimed.
@@ -221,11 +230,12 @@ impl Worker {
 
 impl Story {
     fn hear(&mut self, worker: &mut Worker) {
-        self.note(&mut worker.hands, &worker.child.said());
+        self.note(worker.child.id(), &mut worker.hands, &worker.child.said());
     }
 
-    fn note(&mut self, hands: &mut Hands, said: &[String]) {
+    fn note(&mut self, id: u32, hands: &mut Hands, said: &[String]) {
         for line in said {
+            self.log.push((Instant::now(), format!("{id} {line}")));
             let (what, item) = line.split_once(' ').expect("two words");
             if what == "acked" {
                 hands.item = None;
@@ -235,19 +245,32 @@ impl Story {
             *hands = Hands { item: Some(item.to_owned()), holds: what == "holds" };
             if let Some(orphan) = self.orphans.remove(item) {
                 let since = self.etcd_started.map_or(orphan.since, |started| started.max(orphan.since));
-                self.slowest = self.slowest.max(since.elapsed());
+                if since.elapsed() > self.slowest.after {
+                    self.slowest = Slow { after: since.elapsed(), said: self.of(item) };
+                }
                 self.redelivered += usize::from(orphan.held);
             }
         }
     }
 
+    /// What was said of an item, and how long ago.
+    fn of(&self, item: &str) -> Vec<String> {
+        let of = |said: &&(Instant, String)| said.1.ends_with(&format!(" {item}"));
+        let tell = |(at, said): &(Instant, String)| format!("{:.1?} ago: {said}", at.elapsed());
+        self.log.iter().filter(of).map(tell).collect()
+    }
+
     /// Kills a consumer. What it said last is heard: it may have had an orphan, which now is its own.
     async fn kill(&mut self, worker: Worker) {
         let Worker { child, mut hands } = worker;
-        self.note(&mut hands, &child.kill().await);
+        let id = child.id();
+        self.note(id, &mut hands, &child.kill().await);
         self.died += usize::from(hands.holds);
         let orphan = Orphan { since: Instant::now(), held: hands.holds };
-        self.orphans.extend(hands.item.map(|item| (item, orphan)));
+        if let Some(item) = hands.item {
+            self.log.push((Instant::now(), format!("{id} was killed with {item}")));
+            self.orphans.insert(item, orphan);
+        }
     }
 }
 
@@ -364,12 +387,13 @@ async fn tell(scope: &Scope, story: &Story, items: usize, restarts: usize) {
         story.acked.len(),
         written.len(),
         story.died,
-        story.slowest
+        story.slowest.after
     );
     assert!(lost.is_empty(), "lost: {lost:?}");
     assert!(story.put.len() > items * 9 / 10, "the producers put only {}", story.put.len());
     assert!(story.died >= ROUNDS / 2, "only {} died with an item", story.died);
-    assert!(story.slowest < REDELIVERY + LOAD, "redelivered after {:?}", story.slowest);
+    let Slow { after, said } = &story.slowest;
+    assert!(*after < REDELIVERY + LOAD, "redelivered after {after:?}:\n{}", said.join("\n"));
     let options = etcd_client::DeleteOptions::new().with_prefix();
     scope.client().delete(prefix, Some(options)).await.unwrap();
 }
