@@ -14,7 +14,11 @@ use std::cmp::Ordering;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+
 use super::Core;
+use super::runtime::Time;
 pub(crate) use super::watch::Entry;
 use super::watch::{Changed, Event, News, Range, Subscription};
 use crate::error::{Error, Result};
@@ -56,6 +60,15 @@ pub(crate) struct View {
     watch: Option<Subscription>,
     /// Heard but not applied.
     events: VecDeque<(Arc<[Event]>, usize)>,
+    /// The list under way. It is kept: who waits for changes waits for other things as well, and would begin it anew with
+    /// each of them, for ever.
+    listing: Option<Listing>,
+}
+
+struct Listing {
+    /// When it began.
+    asked: Time,
+    listed: BoxFuture<'static, Result<(Entries, i64)>>,
 }
 
 /// Entries in the order of their keys.
@@ -73,8 +86,8 @@ impl View {
     /// Nothing is left behind when dropped.
     pub(crate) async fn open(core: Arc<Core>, prefix: Prefix, values: Values) -> Result<Self> {
         let (freshness, entries) = (core.changes.freshness(), Entries::new());
-        let (watch, events) = (None, VecDeque::new());
-        let mut view = Self { core, prefix, values, entries, revision: 0, freshness, watch, events };
+        let (watch, events, listing) = (None, VecDeque::new(), None);
+        let mut view = Self { core, prefix, values, entries, revision: 0, freshness, watch, events, listing };
         view.list().await?;
         Ok(view)
     }
@@ -106,7 +119,7 @@ impl View {
     ///
     /// # Cancel safety
     ///
-    /// Nothing is lost when dropped.
+    /// Nothing is lost when dropped, and what was read so far is kept.
     pub(crate) async fn next(&mut self) -> Result<Batch> {
         loop {
             if let Some(batch) = self.apply_one_revision() {
@@ -139,8 +152,18 @@ impl View {
 
     /// Reads everything and goes on from there; tells what is different.
     async fn list(&mut self) -> Result<Vec<Change>> {
-        let asked = self.core.runtime.now();
-        let (entries, revision) = list::list(&self.core, &self.prefix, self.values, &self.entries).await?;
+        let Listing { asked, listed } = match &mut self.listing {
+            Some(listing) => listing,
+            None => {
+                let (core, prefix, held) = (self.core.clone(), self.prefix.clone(), self.entries.clone());
+                let (asked, values) = (core.runtime.now(), self.values);
+                let listed = async move { list::list(&core, &prefix, values, &held).await }.boxed();
+                self.listing.insert(Listing { asked, listed })
+            }
+        };
+        let (asked, listed) = (*asked, listed.await);
+        self.listing = None;
+        let (entries, revision) = listed?;
         let changes = differences(&self.entries, &entries);
         (self.entries, self.revision) = (entries, revision);
         self.freshness.proved(asked);

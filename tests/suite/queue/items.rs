@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use etcd_client::GetOptions;
+use etcd_client::{DeleteOptions, GetOptions};
 use etcd_recipes::{Error, Mutex, Queue, Session};
 
 use super::{SHORT, books, dequeue, queue, text};
-use crate::support::check::{eventually, scoped};
+use crate::support::check::{eventually, scoped, scoped_on};
+use crate::support::proxy::{Mode, Proxy};
+use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, session, waits};
 
 #[tokio::test]
@@ -266,6 +268,48 @@ async fn a_consumer_goes_on_after_compaction_and_with_the_next_lease() {
         crate::support::sessions::generation(scope, &session, 2).await;
         queue.enqueue("2").await.unwrap();
         assert_eq!(waiting.await.unwrap().value, b"2");
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// What a consumer missed it reads again, page by page, while it hears of other things all the time.
+#[tokio::test]
+async fn a_busy_consumer_makes_up_for_what_it_missed() {
+    const ITEMS: usize = 1200;
+    let server = Server::fast().await;
+    let proxy = Proxy::start(server.endpoint()).await;
+    scoped_on(&server, async |scope| {
+        let builder = Session::builder([proxy.endpoint()]).ttl(Duration::from_secs(60));
+        let session = connect(scope, builder).await;
+        let queue = queue(&session, scope);
+        let mut waiting = Box::pin(queue.dequeue());
+        assert!(waits(SHORT, &mut waiting).await);
+        proxy.set(Mode::Refuse).await;
+        let mut client = scope.client();
+        for item in 0..ITEMS {
+            client.put(scope.key(&format!("{item:04}")), "x", None).await.unwrap();
+        }
+        server.compact().await;
+        let delay = Duration::from_millis(50);
+        proxy.set(Mode::Delay { to_server: delay, to_client: delay }).await;
+        let noise = format!("_etcd-recipes/queue/{}/work/noise", scope.name());
+        let mut noisy = scope.client();
+        let making = async {
+            loop {
+                noisy.put(noise.as_str(), "", None).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let first = tokio::select! {
+            first = tokio::time::timeout(PATIENCE / 6, waiting) => first.expect("it never reads to the end"),
+            () = making => unreachable!(),
+        };
+        assert_eq!(first.unwrap().key, scope.key("0000").into_bytes());
+        let all = DeleteOptions::new().with_prefix();
+        client.delete(scope.key(""), Some(all)).await.unwrap();
+        client.delete(noise.as_str(), None).await.unwrap();
+        proxy.set(Mode::Pass).await;
         session.close().await.unwrap();
     })
     .await;

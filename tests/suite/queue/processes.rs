@@ -246,18 +246,20 @@ impl Story {
             if let Some(orphan) = self.orphans.remove(item) {
                 let since = self.etcd_started.map_or(orphan.since, |started| started.max(orphan.since));
                 if since.elapsed() > self.slowest.after {
-                    self.slowest = Slow { after: since.elapsed(), said: self.of(item) };
+                    self.slowest = Slow { after: since.elapsed(), said: self.of(item, since) };
                 }
                 self.redelivered += usize::from(orphan.held);
             }
         }
     }
 
-    /// What was said of an item, and how long ago.
-    fn of(&self, item: &str) -> Vec<String> {
+    /// What was said of an item, and how long ago; and how much was said of all since then: nothing, if nobody could work.
+    fn of(&self, item: &str, since: Instant) -> Vec<String> {
         let of = |said: &&(Instant, String)| said.1.ends_with(&format!(" {item}"));
         let tell = |(at, said): &(Instant, String)| format!("{:.1?} ago: {said}", at.elapsed());
-        self.log.iter().filter(of).map(tell).collect()
+        let said = self.log.iter().filter(|(at, _)| *at > since).count();
+        let all = format!("{said} lines were said meanwhile");
+        self.log.iter().filter(of).map(tell).chain([all]).collect()
     }
 
     /// Kills a consumer. What it said last is heard: it may have had an orphan, which now is its own.
