@@ -319,7 +319,6 @@ async fn unnoticed(options: Options) {
         }
         // A second has few logins at worst, and after each there is a moment.
         let (worked, begun) = (worked.load(Ordering::Relaxed), begun.load(Ordering::Relaxed));
-        eprintln!("WORKED {worked} {begun}");
         assert!(worked > 9, "they had the lock only {worked} times");
         assert!(begun > 0, "no session could begin");
         for work in working {
