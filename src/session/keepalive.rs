@@ -173,7 +173,8 @@ struct Open {
 
 /// A read under way, and the answers that came before it began.
 struct Confirmation {
-    term: BoxFuture<'static, Result<u64, EtcdError>>,
+    /// `None` when the read has no answer in time.
+    term: BoxFuture<'static, Result<Option<u64>, EtcdError>>,
     answered: Vec<Answered>,
 }
 
@@ -245,7 +246,7 @@ impl Task {
                     None => return Ok(()),
                 },
                 term = confirmed => {
-                    let term = term?;
+                    let Some(term) = term? else { return Ok(()) };
                     if !open.confirmation.take().is_none_or(|confirmation| confirmation.settle(term)) {
                         tracing::debug!("a keepalive was answered by a leader of another term");
                         return Ok(());
@@ -301,21 +302,26 @@ impl Open {
 
     /// Begins a read that confirms everything answered so far.
     fn confirm(&mut self, rpc: Arc<Rpc>, member: usize) -> Confirmation {
-        let mut kv = self.client.kv_client();
-        let term = async move {
-            loop {
-                let begun = Instant::now();
-                match kv.get(rpc.probe.clone(), Some(GetOptions::new().with_count_only())).await {
-                    Ok(read) => return Ok(read.header().map_or(0, ResponseHeader::raft_term)),
-                    Err(error) => {
-                        if !rpc::is_token_refused(&error) || !rpc.renew_token(member, begun).await {
-                            return Err(error);
-                        }
-                    }
+        let term = term(rpc, self.client.clone(), member);
+        Confirmation { term: term.boxed(), answered: std::mem::take(&mut self.answered) }
+    }
+}
+
+/// Reads the raft term of the leader behind a member. `None` if no answer comes in time.
+async fn term(rpc: Arc<Rpc>, client: Client, member: usize) -> Result<Option<u64>, EtcdError> {
+    let mut kv = client.kv_client();
+    loop {
+        let begun = Instant::now();
+        let read = kv.get(rpc.probe.clone(), Some(GetOptions::new().with_count_only()));
+        match tokio::time::timeout(rpc.timeout, read).await {
+            Ok(Ok(read)) => return Ok(Some(read.header().map_or(0, ResponseHeader::raft_term))),
+            Ok(Err(error)) => {
+                if !rpc::is_token_refused(&error) || !rpc.renew_token(member, begun).await {
+                    return Err(error);
                 }
             }
-        };
-        Confirmation { term: term.boxed(), answered: std::mem::take(&mut self.answered) }
+            Err(_) => return Ok(None),
+        }
     }
 }
 
@@ -363,5 +369,13 @@ mod tests {
         let (new, mut beat) = answered(3);
         assert!(!confirmation(vec![new]).settle(2));
         assert!(beat.try_recv().is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirmation_is_not_waited_for_longer_than_any_attempt() {
+        let (rpc, _silent) = Rpc::silent().await;
+        let (client, limit) = (rpc.endpoints.client(0).await.unwrap().clone(), rpc.timeout * 2);
+        let term = tokio::time::timeout(limit, term(Arc::new(rpc), client, 0)).await;
+        assert_eq!(term.expect("it has no limit").unwrap(), None);
     }
 }

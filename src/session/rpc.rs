@@ -305,6 +305,19 @@ impl From<&KeyValue> for KeyFacts {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
+impl Rpc {
+    /// To a server that never answers: connections are taken by the kernel, as long as the listener lives.
+    pub(super) async fn silent() -> (Self, std::net::TcpListener) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = Client::connect([listener.local_addr().unwrap().to_string()], None).await.unwrap();
+        let (endpoints, runtime) = (Endpoints::given(client), Arc::new(Runtime::current()));
+        let timeout = Duration::from_millis(500);
+        (Self { endpoints, runtime, timeout, has_user: false, probe: Vec::new() }, listener)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -354,16 +367,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_is_left_of_an_attempt_while_the_next_is_waited_for() {
-        // Connections are taken by the kernel, and nobody answers.
-        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = Client::connect([silent.local_addr().unwrap().to_string()], None).await.unwrap();
-        let rpc = Rpc {
-            endpoints: Endpoints::given(client),
-            runtime: Arc::new(Runtime::current()),
-            timeout: Duration::from_millis(500),
-            has_user: false,
-            probe: Vec::new(),
-        };
+        let (rpc, _silent) = Rpc::silent().await;
         let mut read = pin!(rpc.get(b"key", GetOptions::new(), None));
         tokio::select! {
             biased;

@@ -7,6 +7,7 @@
 mod support;
 
 mod auth;
+mod auth_streams;
 mod bad_input;
 mod beside;
 mod burst;

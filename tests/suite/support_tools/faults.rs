@@ -301,3 +301,24 @@ async fn faults_at_the_opening_of_streams() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn ends_the_streams_there_are() {
+    scoped(async |scope| {
+        let (faults, mut client) = faulty(scope).await;
+        let key = scope.key("k");
+        let mut watch = client.watch(key.as_str(), None).await.unwrap();
+        assert!(watch.message().await.unwrap().unwrap().created());
+        faults.end_streams("Watch", Status::aborted("ended"));
+        assert_eq!(code(watch.message().await), Code::Aborted);
+        assert!(watch.message().await.unwrap().is_none());
+
+        let mut watch = client.watch(key.as_str(), None).await.unwrap();
+        assert!(watch.message().await.unwrap().unwrap().created());
+        scope.client().put(key.as_str(), "seen", None).await.unwrap();
+        let answer = watch.message().await.unwrap().unwrap();
+        assert_eq!(answer.events()[0].kv().unwrap().value(), b"seen");
+        clean(scope).await;
+    })
+    .await;
+}

@@ -104,6 +104,11 @@ impl Faults {
         self.shared.streams.hold_answers(method, hold);
     }
 
+    /// Ends the open streams of a method with this status.
+    pub(crate) fn end_streams(&self, method: &str, status: Status) {
+        self.shared.streams.end(method, status);
+    }
+
     /// How many messages callers sent in streams of a method so far, for example renewals.
     pub(crate) fn messages_sent(&self, method: &str) -> usize {
         self.shared.streams.sent(method)

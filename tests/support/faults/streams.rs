@@ -44,6 +44,8 @@ pub(super) struct Streams {
     answers: Flows,
     /// By method: whether answers are held back.
     gates: Mutex<HashMap<String, watch::Sender<bool>>>,
+    /// By method: what its streams were ended with last.
+    ends: Mutex<HashMap<String, watch::Sender<Option<Status>>>>,
 }
 
 impl Streams {
@@ -62,6 +64,15 @@ impl Streams {
     /// Tells whether answers are held back.
     fn gate(&self, method: &str) -> watch::Receiver<bool> {
         self.gates.lock().unwrap().entry(method.to_owned()).or_default().subscribe()
+    }
+
+    pub(super) fn end(&self, method: &str, status: Status) {
+        self.ends.lock().unwrap().entry(method.to_owned()).or_default().send_replace(Some(status));
+    }
+
+    /// Tells when streams are ended, and with what.
+    fn ended(&self, method: &str) -> watch::Receiver<Option<Status>> {
+        self.ends.lock().unwrap().entry(method.to_owned()).or_default().subscribe()
     }
 
     pub(super) fn sent(&self, method: &str) -> usize {
@@ -110,8 +121,17 @@ impl Shared {
         *head.status_mut() = answer.status();
         *head.version_mut() = answer.version();
         *head.headers_mut() = answer.headers().clone();
-        let gate = self.streams.gate(method);
-        let messages = wire::answer_messages(answer).filter_map(move |message| {
+        let (gate, ended) = (self.streams.gate(method), self.streams.ended(method));
+        let mut told = ended.clone();
+        let end = async move {
+            // Fails when the channel is gone, and its streams with it.
+            let _ = told.changed().await;
+        };
+        let status =
+            async move { ended.has_changed().ok()?.then(|| ended.borrow().clone().map(Err)).flatten() };
+        let messages = wire::answer_messages(answer).take_until(end);
+        let messages = messages.chain(futures::stream::once(status).filter_map(std::future::ready));
+        let messages = messages.filter_map(move |message| {
             let pass = message.is_err() || with(&self.streams.answers, method, Flow::pass);
             let mut gate = gate.clone();
             async move {
