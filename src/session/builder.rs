@@ -200,9 +200,9 @@ impl SessionBuilder {
         let timeout = (self.ttl / 5).clamp(Duration::from_millis(500), Duration::from_secs(2));
         // A client that the caller made may have a user.
         let has_user = self.user.is_some() || matches!(self.connections, Connections::Client(_));
-        let rpc = |runtime| {
+        let rpc = |runtime: Arc<Runtime>| {
             let endpoints = match &self.connections {
-                Connections::Endpoints(names) => Endpoints::dial(names, self.dial()),
+                Connections::Endpoints(names) => Endpoints::dial(names, self.dial(), runtime.clone()),
                 Connections::Client(client) => Endpoints::given((**client).clone()),
             };
             let probe = name::probe(&self.namespace);

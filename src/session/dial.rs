@@ -18,6 +18,7 @@ use tower::ServiceExt as _;
 #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
 use etcd_client::TlsOptions;
 
+use super::runtime::Runtime;
 use crate::error::{Error, Result};
 
 /// etcd closes connections that ping while idle or more often than every 5 s.
@@ -79,12 +80,14 @@ impl Dial {
         "http"
     }
 
-    /// A client with one connection to one member, made when it is first used. `under_way` counts its requests.
+    /// A client with one connection to one member, made when it is first used, in `runtime`. `under_way` counts its
+    /// requests.
     ///
     /// A client that makes its connections itself has a balancer before them, which for one member is only work.
     pub(crate) async fn member(
         &self,
         address: &str,
+        runtime: Arc<Runtime>,
         under_way: Arc<AtomicUsize>,
     ) -> Result<Client, etcd_client::Error> {
         let scheme = self.scheme();
@@ -94,7 +97,7 @@ impl Dial {
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(false)
-            .executor(Gather { under_way });
+            .executor(Gather { runtime, under_way });
         #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
         let endpoint = if url.starts_with("https") {
             endpoint.tls_config(self.tls.clone().unwrap_or_default())?
@@ -181,6 +184,8 @@ impl<T: Write + Unpin> Write for OneBuffer<T> {
 /// what those ask goes out together. Otherwise tokio's scheduler of several threads runs the connection right after each
 /// request, and every one costs a system call at both ends: a tenth of all that a lock costs its process.
 struct Gather {
+    /// That of the session: whoever makes the first request may do so from another, which may end before.
+    runtime: Arc<Runtime>,
     under_way: Arc<AtomicUsize>,
 }
 
@@ -192,7 +197,7 @@ const SHORT: u8 = 2;
 
 impl Executor<BoxFuture<'static, ()>> for Gather {
     fn execute(&self, task: BoxFuture<'static, ()>) {
-        tokio::spawn(Polite { task, under_way: self.under_way.clone(), runs: SHORT });
+        self.runtime.spawn_connection(Polite { task, under_way: self.under_way.clone(), runs: SHORT });
     }
 }
 
@@ -255,6 +260,10 @@ mod tests {
         assert_eq!(dial.scheme(), "https");
     }
 
+    fn gather(requests: usize) -> Gather {
+        Gather { runtime: Arc::new(Runtime::current()), under_way: Arc::new(AtomicUsize::new(requests)) }
+    }
+
     /// In which order a connection's task, when it is woken, and one that was ready after it run.
     async fn order(requests: usize) -> Vec<&'static str> {
         let (wakes, ran) = (Arc::new(Notify::new()), Arc::new(Mutex::new(Vec::new())));
@@ -267,7 +276,7 @@ mod tests {
                 }
             }
         };
-        Gather { under_way: Arc::new(AtomicUsize::new(requests)) }.execute(Box::pin(connection));
+        gather(requests).execute(Box::pin(connection));
         for _ in 0..SHORT {
             tokio::task::yield_now().await;
             wakes.notify_one();
@@ -295,7 +304,7 @@ mod tests {
             let ran = ran.clone();
             async move { ran.lock().unwrap().push(who) }
         };
-        Gather { under_way: Arc::new(AtomicUsize::new(MANY)) }.execute(Box::pin(run("answer")));
+        gather(MANY).execute(Box::pin(run("answer")));
         tokio::spawn(run("other")).await.unwrap();
         tokio::task::yield_now().await;
         assert_eq!(*ran.lock().unwrap(), ["answer", "other"]);

@@ -25,8 +25,8 @@ const IDLE: usize = 64;
 pub(crate) struct Endpoints {
     members: Vec<Member>,
     current: AtomicUsize,
-    /// `None` for a client that the user made.
-    dial: Option<Dial>,
+    /// How connections are made, and where they run; `None` for a client that the user made.
+    dial: Option<(Dial, Arc<Runtime>)>,
 }
 
 struct Member {
@@ -54,9 +54,10 @@ type Idle = Vec<Box<KvClient>>;
 
 impl Endpoints {
     /// Connections of our own, made when they are first used.
-    pub(crate) fn dial(names: &[String], dial: Dial) -> Self {
+    pub(crate) fn dial(names: &[String], dial: Dial, runtime: Arc<Runtime>) -> Self {
         let member = |name: &String| Member::new(name.clone(), OnceCell::new());
-        Self { members: names.iter().map(member).collect(), current: AtomicUsize::new(0), dial: Some(dial) }
+        let members = names.iter().map(member).collect();
+        Self { members, current: AtomicUsize::new(0), dial: Some((dial, runtime)) }
     }
 
     /// The one client that the user made; which member it talks to is its own affair.
@@ -140,8 +141,9 @@ impl Endpoints {
 
     async fn connect(&self, member: &Member) -> Result<Client, etcd_client::Error> {
         // A client that the user made is there from the beginning.
-        let dial = self.dial.as_ref().ok_or_else(|| etcd_client::Error::InvalidArgs("no client".into()))?;
-        dial.member(&member.name, member.under_way.clone()).await
+        let no_client = || etcd_client::Error::InvalidArgs("no client".into());
+        let (dial, runtime) = self.dial.as_ref().ok_or_else(no_client)?;
+        dial.member(&member.name, runtime.clone(), member.under_way.clone()).await
     }
 
     /// A client for the user's own requests, over all members. It may have to log in, and a member may be dead, so it
@@ -151,7 +153,7 @@ impl Endpoints {
         loop {
             let connected = match &self.dial {
                 None => self.client(0).await.cloned(),
-                Some(dial) => Box::pin(dial.all(&self.names())).await,
+                Some((dial, _)) => Box::pin(dial.all(&self.names())).await,
             };
             match connected {
                 Ok(client) => return client,

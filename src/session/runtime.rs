@@ -133,6 +133,14 @@ impl Runtime {
         self.tasks.spawn_on(Box::pin(work), &self.handle).abort_handle()
     }
 
+    /// Runs the task of a connection, which ends with the last client that has it: nobody waits for that.
+    pub(crate) fn spawn_connection<F>(&self, connection: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.handle.spawn(connection);
+    }
+
     /// Runs code that may block, on a thread for that. `None` if the runtime ends.
     pub(crate) async fn blocking<T: Send + 'static>(
         &self,

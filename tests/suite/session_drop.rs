@@ -201,3 +201,21 @@ async fn a_session_used_from_another_runtime_works_as_long_as_its_own_runs() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_session_first_used_from_a_runtime_that_ends_goes_on() {
+    scoped(async |scope| {
+        let session = connect(scope, Session::builder([etcd().endpoint()])).await;
+        let mutex = Mutex::new(&session, scope.name()).unwrap();
+        let first = mutex.clone();
+        let other = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { first.lock().await.unwrap().unlock().await.unwrap() });
+        });
+        tokio::task::spawn_blocking(move || other.join().unwrap()).await.unwrap();
+        let again = tokio::time::timeout(PATIENCE, mutex.lock()).await.expect("its connection is gone");
+        again.unwrap().unlock().await.unwrap();
+        session.close().await.unwrap();
+    })
+    .await;
+}
