@@ -140,6 +140,8 @@ struct Watch {
     in_step: bool,
     lingers: bool,
     alone_since: Option<Instant>,
+    /// How many events were told to nobody since.
+    unheard: usize,
     /// Of whoever wants to know whether the watch is being told.
     freshness: Option<Freshness>,
 }
@@ -203,7 +205,7 @@ impl Hub {
         self.shared.subscribe(&mut table, id)
     }
 
-    /// Lets the watch of a range outlive its last subscriber for a moment, for the next one to join.
+    /// Lets the watch of a range outlive its last subscriber for a moment and a few events, for the next one to join.
     pub(crate) fn linger(&self, range: &Range) {
         let mut table = self.shared.table();
         if let Some(id) = table.by_range.get(range).copied()
@@ -243,7 +245,7 @@ impl Shared {
         let mut covered = None;
         if let Some(watch) = table.watches.get_mut(&id) {
             watch.subscribers.push((subscriber, sender));
-            (watch.lingers, watch.alone_since) = (false, None);
+            (watch.lingers, watch.alone_since, watch.unheard) = (false, None, 0);
             covered = watch.told;
         }
         Subscription { shared: self.clone(), watch: id, subscriber, messages, covered }
@@ -352,6 +354,7 @@ impl Watch {
             in_step: false,
             lingers: false,
             alone_since: None,
+            unheard: 0,
             freshness,
         }
     }
@@ -380,6 +383,9 @@ impl Watch {
             .collect();
         if let Some(last) = events.last() {
             (self.told, self.in_step) = (Some(last.revision), true);
+            if self.subscribers.is_empty() {
+                self.unheard += events.len();
+            }
             self.tell(&Message::Events(events));
         }
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use etcd_client::{PutOptions, Txn, TxnOp};
 use etcd_recipes::Mutex;
-use etcd_recipes::embedded::Fault;
-use tokio::time::timeout;
+use etcd_recipes::embedded::{Fault, Server};
+use tokio::time::{Instant, timeout};
 
 use super::unanswered::begin;
 
@@ -93,4 +93,28 @@ async fn a_line_has_the_same_key_again_whatever_else_the_session_locks() {
     keys.sort();
     keys.dedup();
     assert_eq!(keys.len(), 2);
+}
+
+/// After a silence of 15 s a read tells how far the store is. Nobody waits for its answer.
+#[tokio::test(start_paused = true)]
+async fn a_watch_is_heard_while_a_silence_is_looked_into() {
+    let server = Server::start();
+    let link = server.link();
+    // Keepalives are confirmed by reads as well, but not so soon.
+    let ttl = Duration::from_secs(9_000_000);
+    let session = server.session(&link).await.unwrap().ttl(ttl).connect().await.unwrap();
+    let mut holder = server.client().await.unwrap();
+    holder.put("lock/held", "", None).await.unwrap();
+    let mutex = Mutex::new(&session, "lock").unwrap();
+    let waiter = tokio::spawn(async move { mutex.lock().await.unwrap() });
+    // By then it follows the line.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let read = link.inject("Range", Fault::Hold, usize::MAX);
+    read.hit(1).await;
+    let begun = Instant::now();
+    holder.delete("lock/held", None).await.unwrap();
+    let guard = timeout(Duration::from_secs(60), waiter).await.expect("it hears nothing").unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(10), "after {:?}", begun.elapsed());
+    read.release();
+    guard.unlock().await.unwrap();
 }

@@ -30,6 +30,7 @@ mod mutex_order;
 mod neighbours;
 mod queue;
 mod quorum;
+mod requests;
 mod restart;
 mod secrets;
 mod send_sync;

@@ -6,17 +6,24 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use etcd_client::proto::PbWatchResponse;
-use etcd_client::{GetOptions, WatchFilterType, WatchOptions, WatchRequestSender, WatchResponseStream};
+use etcd_client::{
+    GetOptions, GetResponse, WatchFilterType, WatchOptions, WatchRequestSender, WatchResponseStream,
+};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Kind, Message, Request, Shared, Watch};
+use crate::error::Result;
 use crate::session::rpc::{is_token_refused, revision};
 use crate::session::runtime::Backoff;
 
 /// How long a watch that lingers stays without subscribers.
 const LINGER: Duration = Duration::from_secs(1);
+/// How many events it is told at most: each goes to all who linger, and many may come and go.
+const UNHEARD: usize = 7;
 /// How long an empty stream stays open.
 const IDLE: Duration = Duration::from_secs(10);
 /// Silence after which the stream is suspected.
@@ -42,8 +49,26 @@ struct Stream {
     /// The newest watch asked for on this stream; ids only grow.
     newest: i64,
     heard: Instant,
-    /// Set when the stream was asked for a sign of life.
-    asked: Option<Instant>,
+    doubt: Doubt,
+}
+
+/// What is done about a silence.
+enum Doubt {
+    None,
+    /// A read tells how far the store is. Other messages may come meanwhile.
+    Reading(BoxFuture<'static, Result<GetResponse>>),
+    /// The stream was asked for a sign of life.
+    Asked(Instant),
+}
+
+impl Doubt {
+    /// Waits for the read, if there is one.
+    async fn read(&mut self) -> Result<GetResponse> {
+        match self {
+            Self::Reading(read) => read.await,
+            Self::None | Self::Asked(_) => std::future::pending().await,
+        }
+    }
 }
 
 enum Write {
@@ -136,13 +161,15 @@ impl Task {
                 biased;
                 message = stream.responses.message() => match message {
                     Ok(Some(message)) => {
-                        (stream.heard, stream.asked) = (Instant::now(), None);
+                        (stream.heard, stream.doubt) = (Instant::now(), Doubt::None);
                         self.shared.heard.store(self.shared.rpc.runtime.now().0, Ordering::Relaxed);
                         match self.hear(&mut stream, message.0) {
                             Heard::Fine => {}
                             Heard::Refused => return End::Broken,
                             Heard::Older => {
-                                self.end_restored(&stream).await;
+                                if let Ok(read) = self.shared.read().await {
+                                    self.end_newer_than(&stream, revision(read.header()));
+                                }
                                 return End::Broken;
                             }
                             Heard::Unauthenticated => return End::TokenRefused,
@@ -160,6 +187,12 @@ impl Task {
                     Some(Request::Linger) => {}
                     None => return End::Closing,
                 },
+                read = stream.doubt.read() => {
+                    stream.doubt = Doubt::None;
+                    if let Ok(read) = read {
+                        self.judge(&mut stream, revision(read.header()));
+                    }
+                }
                 () = tick => {}
             }
             self.sweep(&stream);
@@ -170,7 +203,7 @@ impl Task {
                 }
             } else {
                 empty_since = None;
-                if !self.lives(&mut stream).await {
+                if !self.lives(&mut stream) {
                     return End::Broken;
                 }
             }
@@ -200,7 +233,8 @@ impl Task {
         rpc.runtime.spawn(write(requests, inbox));
         let pending = VecDeque::from([first]);
         let newest = ids.last().copied().unwrap_or(first);
-        let mut stream = Stream { responses, writer, pending, newest, heard: Instant::now(), asked: None };
+        let mut stream =
+            Stream { responses, writer, pending, newest, heard: Instant::now(), doubt: Doubt::None };
         for (id, key, options) in creations {
             stream.pending.push_back(id);
             let _ = stream.writer.send(Write::Create(key, Box::new(options)));
@@ -276,8 +310,9 @@ impl Task {
     fn sweep(&self, stream: &Stream) {
         let mut table = self.shared.table();
         for id in std::mem::take(&mut table.lingering) {
-            match table.watches.get(&id).and_then(|watch| watch.alone_since) {
-                Some(since) if since.elapsed() > LINGER => {
+            let Some(watch) = table.watches.get(&id) else { continue };
+            match watch.alone_since {
+                Some(since) if since.elapsed() > LINGER || watch.unheard >= UNHEARD => {
                     table.remove(id);
                     let _ = stream.writer.send(Write::Cancel(id));
                 }
@@ -287,40 +322,44 @@ impl Task {
         }
     }
 
-    /// Whether the stream may still be trusted.
-    async fn lives(&self, stream: &mut Stream) -> bool {
+    /// Whether the stream may still be trusted. A silence is looked into.
+    fn lives(&self, stream: &mut Stream) -> bool {
         let silence = stream.heard.elapsed();
         if !stream.pending.is_empty() && silence > self.shared.rpc.timeout * 2 {
             return false;
         }
-        if let Some(asked) = stream.asked {
-            return asked.elapsed() < GRACE;
-        }
-        if silence > SILENCE {
-            let highest =
-                self.shared.table().watches.values().filter_map(|watch| watch.told).max().unwrap_or(0);
-            let options = GetOptions::new().with_count_only();
-            // A watch that starts in the future does not answer a progress request, so only ask once it cannot.
-            if let Ok(read) = self.shared.rpc.get(&self.shared.rpc.probe, options, Some(GRACE)).await {
-                if revision(read.header()) < highest {
-                    self.end_newer_than(stream, revision(read.header()));
-                    return true;
-                }
-                stream.asked = Some(Instant::now());
-                let _ = stream.writer.send(Write::Progress);
+        match &stream.doubt {
+            Doubt::Asked(asked) => asked.elapsed() < GRACE,
+            Doubt::None if silence > SILENCE => {
+                let shared = self.shared.clone();
+                let read = async move {
+                    let read = shared.read().await;
+                    if read.is_err() {
+                        // It is read again then.
+                        tokio::time::sleep(GRACE).await;
+                    }
+                    read
+                };
+                stream.doubt = Doubt::Reading(read.boxed());
+                true
             }
+            Doubt::None | Doubt::Reading(_) => true,
         }
-        true
+    }
+
+    /// Goes on when it is known how far the store is.
+    fn judge(&self, stream: &mut Stream, revision: i64) {
+        let told = self.shared.table().watches.values().filter_map(|watch| watch.told).max();
+        if told.is_some_and(|told| told > revision) {
+            self.end_newer_than(stream, revision);
+        } else {
+            // A watch that starts in the future does not answer a progress request, so it is only asked once it cannot.
+            stream.doubt = Doubt::Asked(Instant::now());
+            let _ = stream.writer.send(Write::Progress);
+        }
     }
 
     /// Ends the watches that have told more than there is now: the store was restored from a backup.
-    async fn end_restored(&self, stream: &Stream) {
-        let options = GetOptions::new().with_count_only();
-        if let Ok(read) = self.shared.rpc.get(&self.shared.rpc.probe, options, Some(GRACE)).await {
-            self.end_newer_than(stream, revision(read.header()));
-        }
-    }
-
     fn end_newer_than(&self, stream: &Stream, revision: i64) {
         let mut table = self.shared.table();
         let newer = |watch: &Watch| watch.told.is_some_and(|told| told > revision);
@@ -330,6 +369,13 @@ impl Task {
             table.end(id, &Message::Gap);
             let _ = stream.writer.send(Write::Cancel(id));
         }
+    }
+}
+
+impl Shared {
+    /// Reads for the answer's header.
+    async fn read(&self) -> Result<GetResponse> {
+        self.rpc.get(&self.rpc.probe, GetOptions::new().with_count_only(), Some(GRACE)).await
     }
 }
 
