@@ -250,14 +250,14 @@ impl Line {
             return Ok(None);
         }
         let key = OwnedKey::resume(core, &generation, key.to_vec(), created);
-        let position = Position::of(key.facts());
-        if self.contenders().contains_key(&position) {
+        match Membership::try_join(self.clone(), Position::of(key.facts())) {
+            Some(membership) => Place::new(session.clone(), key, membership, None, revision).map(Some),
             // It was taken up already, and has its guard.
-            key.keep();
-            return Ok(None);
+            None => {
+                key.keep();
+                Ok(None)
+            }
         }
-        let membership = Membership::join(self.clone(), position);
-        Place::new(session.clone(), key, membership, None, revision).map(Some)
     }
 
     /// All keys of the line in its order.

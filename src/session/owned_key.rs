@@ -142,7 +142,7 @@ impl Owned {
     /// Deletes the key, however often etcd refuses.
     async fn delete_for_sure(&self, then: &[TxnOp]) -> Deleted {
         let mut unanswered = false;
-        let mut backoff = Backoff::of_requests();
+        let mut backoff = Backoff::of_refusals();
         loop {
             match self.delete(then, &mut unanswered).await {
                 Ok(deleted) => return deleted,

@@ -1,6 +1,7 @@
 //! The contenders of one session in one line, and how they tell each other.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -92,6 +93,16 @@ impl Membership {
         Self { line, position, mailbox }
     }
 
+    /// The same; `None` if the place has its contender already.
+    pub(super) fn try_join(line: Arc<Line>, position: Position) -> Option<Self> {
+        let (position, mailbox) = (Arc::new(position), Arc::new(Mailbox::default()));
+        match line.contenders().entry(position.clone()) {
+            Entry::Vacant(place) => place.insert(mailbox.clone()),
+            Entry::Occupied(_) => return None,
+        };
+        Some(Self { line, position, mailbox })
+    }
+
     /// Whether no other contender of this session is ahead.
     pub(super) fn leads(&self) -> bool {
         first_of(&self.line.contenders(), &self.position).is_some_and(|(first, _)| *first == self.position)
@@ -101,5 +112,28 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         self.line.leave(&self.position, None);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+    use crate::name::Prefix;
+    use crate::session::watch::Range;
+
+    /// Two that take up one place at the same time.
+    #[test]
+    fn a_place_has_one_contender() {
+        let prefix = Prefix::of_name(b"name").unwrap();
+        let range = Range::prefix(&prefix);
+        let line = Arc::new(Line { prefix, range, contenders: Mutex::default(), number: AtomicU32::new(0) });
+        let position = Position { generation: 1, created: 7, key: b"name/a-0".to_vec() };
+        let first = Membership::try_join(line.clone(), position.clone());
+        assert!(first.is_some() && Membership::try_join(line.clone(), position.clone()).is_none());
+        drop(first);
+        assert!(Membership::try_join(line, position).is_some());
     }
 }

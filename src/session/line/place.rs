@@ -230,8 +230,10 @@ impl Monitor {
                 }
                 Ok(News::Gap) => {
                     watch = self.core.deletions.watch(&Range::key(&facts.key));
-                    if !matches!(watch.covered().await, Ok(Some(_))) {
-                        continue;
+                    match watch.covered().await {
+                        Ok(Some(_)) => {}
+                        Ok(None) => continue,
+                        Err(_) => return false,
                     }
                     let options = GetOptions::new().with_keys_only();
                     let Ok(read) = self.core.rpc.get(&facts.key, options, None).await else { return false };
