@@ -146,4 +146,9 @@ impl Error {
     pub fn is_lost(&self) -> bool {
         matches!(self, Error::Lost { .. })
     }
+
+    /// Whether etcd may accept later what it refused with this.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self, Error::NoSpace { .. } | Error::PermissionDenied { .. } | Error::AuthFailed { .. })
+    }
 }

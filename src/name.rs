@@ -150,8 +150,9 @@ pub(crate) fn check_item(value: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a transaction of the user's that etcd would refuse for its size. `outer` operations are around it.
-pub(crate) fn check_txn(txn: &PbTxnRequest, outer: usize) -> Result<()> {
+/// Refuses a transaction of the user's that etcd would refuse for its size; tells how many bytes it has. `outer` operations
+/// are around it.
+pub(crate) fn check_txn(txn: &PbTxnRequest, outer: usize) -> Result<usize> {
     let limit = MAX_TXN_OPS - outer;
     let operations = deepest(txn);
     if operations > limit {
@@ -161,7 +162,7 @@ pub(crate) fn check_txn(txn: &PbTxnRequest, outer: usize) -> Result<()> {
     if size > limit {
         return Err(Error::TooLarge { what: "the transaction, in bytes,", size, limit });
     }
-    Ok(())
+    Ok(size)
 }
 
 /// What etcd counts against its limit: the longest list, plus that of a transaction within it.

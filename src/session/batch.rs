@@ -141,7 +141,8 @@ async fn put(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>) ->
         }
     };
     let key = ops.first().map_or(Vec::new(), |op| op.key.to_vec());
-    let write = Write { core: core.clone(), generation: generation.clone(), key, body };
+    let bytes = ops.iter().map(Op::size).sum();
+    let write = Write { core: core.clone(), generation: generation.clone(), key, body, bytes };
     let mut slot = generation.slots.take();
     let mut unanswered = false;
     let mut backoff = Backoff::of_requests();
@@ -160,6 +161,10 @@ async fn put(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>) ->
             Err(Failure::LeaseGone(_)) => {
                 generation.end();
                 return Ok(all(ops, || Outcome::Ended));
+            }
+            Err(Failure::Refused(error)) if !unanswered && error.may_pass() => {
+                core.runtime.spawn(write.refused(slot, drop));
+                return Err(error);
             }
             Err(Failure::Refused(error)) => {
                 // An earlier attempt may have been applied, or may be yet.

@@ -94,12 +94,15 @@ impl Core {
     {
         let (answer, answered) = oneshot::channel();
         let slot = generation.slots.take();
-        let write = Write { core: self.clone(), generation: generation.clone(), key: key.to_vec(), body };
-        if let Err(error) = write.check(&slot) {
-            generation.slots.give_back(slot);
-            return Err(error);
+        let (core, generation, key) = (self.clone(), generation.clone(), key.to_vec());
+        let write = Write { core, generation, key, body, bytes: 0 };
+        match write.check(&slot) {
+            Ok(bytes) => self.runtime.spawn(Write { bytes, ..write }.run(slot, settle, answer)),
+            Err(error) => {
+                write.generation.slots.give_back(slot);
+                return Err(error);
+            }
         }
-        self.runtime.spawn(write.run(slot, settle, answer));
         // The task ends without an answer only when its runtime does.
         answered.await.unwrap_or(Err(Error::Closed))
     }
@@ -111,6 +114,8 @@ pub(super) struct Write<B> {
     pub(super) generation: Arc<Generation>,
     pub(super) key: Vec<u8>,
     pub(super) body: B,
+    /// Of the body.
+    pub(super) bytes: usize,
 }
 
 /// What is known of a write that no attempt can apply any more.
@@ -127,7 +132,7 @@ impl<B> Write<B>
 where
     B: Fn(&Record<'_>) -> Txn + Send + Sync + 'static,
 {
-    fn check(&self, slot: &Slot) -> Result<()> {
+    fn check(&self, slot: &Slot) -> Result<usize> {
         name::check_txn(&PbTxnRequest::from((self.body)(&Record(&self.step(slot)))), OUTER_OPS)
     }
 
@@ -160,6 +165,10 @@ where
                     Fenced::Never => break Err(Error::Etcd { key: name::display(&self.key), source }),
                     Fenced::Ended => break Err(self.ended(unanswered)),
                 },
+                Err(Failure::Refused(error)) if !unanswered && error.may_pass() => {
+                    let _ = answer.send(Err(error));
+                    return self.refused(slot, settle).await;
+                }
                 Err(Failure::Refused(error)) if !unanswered => break Err(error),
                 // Without space the slot cannot be moved, so it stays open what an earlier attempt does.
                 Err(Failure::Refused(Error::NoSpace { .. })) => {
@@ -194,7 +203,7 @@ where
             .when(step.compares())
             .and_then([TxnOp::txn((self.body)(&Record(&step))), step.get()])
             .or_else([step.get(), step.put_aside()]);
-        let response = self.core.rpc.txn(&self.key, txn).await?.0;
+        let response = self.core.rpc.txn_of(self.bytes, &self.key, txn).await?.0;
         let (now, record) = moved_to(&step, &response, usize::from(response.succeeded));
         let moved = std::mem::replace(&mut slot.revision, now) != now;
         if response.succeeded {
@@ -223,9 +232,18 @@ where
         self.generation.slots.give_back(slot);
     }
 
+    /// The same after a refusal: none was applied, but a copy might be, when the reason is gone.
+    pub(super) async fn refused<T>(self, slot: Slot, settle: impl FnOnce(Done) -> T) {
+        let room = self.generation.slots.refusals().room();
+        if room.is_some() {
+            self.give_up(slot, settle).await;
+        }
+    }
+
     /// Moves the slot, so that no attempt made so far is applied from now on. Tells whether one was.
     pub(super) async fn fence(&self, slot: &mut Slot) -> Fenced {
-        let mut backoff = Backoff::of_requests();
+        let refusals = self.generation.slots.refusals();
+        let (mut backoff, mut turn) = (Backoff::of_requests(), refusals.turn());
         loop {
             let step = self.step(slot);
             let txn = Txn::new().when(step.compares()).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
@@ -259,6 +277,11 @@ where
                     self.generation.end();
                     return Fenced::Ended;
                 }
+                Err(Failure::Refused(_)) => tokio::select! {
+                    biased;
+                    () = self.generation.ended() => return Fenced::Ended,
+                    () = turn.wait(&self.core.runtime) => {}
+                },
                 Err(_) => backoff.wait(&self.core.runtime).await,
             }
         }

@@ -22,6 +22,9 @@ use crate::name;
 /// How long a read for the caller is tried before it fails as unreachable.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a byte may take: with this, a request at etcd's limit may take some 15 s.
+const SLOWEST: Duration = Duration::from_micros(10);
+
 /// Why an attempt has no answer to use.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -63,7 +66,7 @@ impl Failure {
 pub(crate) struct Rpc {
     pub(crate) endpoints: Endpoints,
     pub(crate) runtime: Arc<Runtime>,
-    /// The longest one attempt may take.
+    /// The longest one attempt may take, if it is small.
     pub(crate) timeout: Duration,
     /// Whether the client can, or might, log in again when its token is refused.
     pub(crate) has_user: bool,
@@ -72,8 +75,23 @@ pub(crate) struct Rpc {
 }
 
 impl Rpc {
-    /// Sends a transaction once, and once more if its token was refused. `key` is what an error speaks of.
-    pub(crate) async fn txn(&self, key: &[u8], mut txn: Txn) -> Result<TxnResponse, Failure> {
+    /// Sends a small transaction once, and once more if its token was refused. `key` is what an error speaks of.
+    pub(crate) fn txn<'a>(
+        &'a self,
+        key: &'a [u8],
+        txn: Txn,
+    ) -> impl Future<Output = Result<TxnResponse, Failure>> + Send + 'a {
+        self.txn_of(0, key, txn)
+    }
+
+    /// The same with one of this many bytes: on a slow link they take their time.
+    pub(crate) async fn txn_of(
+        &self,
+        bytes: usize,
+        key: &[u8],
+        mut txn: Txn,
+    ) -> Result<TxnResponse, Failure> {
+        let limit = self.timeout + SLOWEST * u32::try_from(bytes).unwrap_or(u32::MAX);
         let mut again = self.has_user.then(|| Box::new(txn.clone()));
         loop {
             let (member, begun) = (self.endpoints.current(), Instant::now());
@@ -84,7 +102,7 @@ impl Rpc {
                     request.answered();
                     Ok(answer)
                 });
-                self.bounded(member, key, call).await
+                self.bounded(member, key, limit, call).await
             };
             match (answer, again.take()) {
                 (Err(Failure::Login(_)), Some(same)) if self.renew_token(member, begun).await => txn = *same,
@@ -112,7 +130,7 @@ impl Rpc {
                         request.answered();
                         Ok(answer)
                     });
-                    self.bounded(member, key, call).await
+                    self.bounded(member, key, self.timeout, call).await
                 };
                 match answer {
                     Ok(response) => return Ok(response),
@@ -147,7 +165,7 @@ impl Rpc {
                     let client = self.endpoints.client(member).await?;
                     call(client).await
                 });
-                self.bounded(member, key, call).await
+                self.bounded(member, key, self.timeout, call).await
             };
             match answer {
                 Err(Failure::Login(_)) if again && self.renew_token(member, begun).await => again = false,
@@ -162,9 +180,10 @@ impl Rpc {
         &self,
         member: usize,
         key: &[u8],
+        limit: Duration,
         attempt: Pin<&mut impl Future<Output = Result<T, etcd_client::Error>>>,
     ) -> Result<T, Failure> {
-        let failure = match tokio::time::timeout(self.timeout, attempt).await {
+        let failure = match tokio::time::timeout(limit, attempt).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => classify(key, error, self.has_user),
             Err(_) => Failure::Unknown(None),

@@ -10,6 +10,9 @@
 //! slot itself, in the transaction that deletes its key, which compares the slot as well. Slots are bookkeeping keys on
 //! the lease, used again and again; their cost is one more put in a transaction that is sent anyway.
 //!
+//! An operation that etcd refuses, for want of permission or space, moves its slot as soon as it is let: a copy might come
+//! when the reason is gone.
+//!
 //! A deletion compares the key's create revision, so copies of it are harmless by themselves.
 //!
 //! # A lease that comes back
@@ -21,11 +24,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard, OwnedSemaphorePermit, Semaphore};
 
 use super::rpc::KeyFacts;
+use super::runtime::{Backoff, Runtime};
 use crate::name;
 
 /// The op slots of one generation: as many as operations were ever under way at once.
@@ -35,6 +40,8 @@ pub(crate) struct Slots {
     made: AtomicU32,
     /// The create revision of slot 0.
     first: i64,
+    /// Made with the first refusal, since most generations see none.
+    refusals: OnceLock<Arc<Refusals>>,
 }
 
 /// One op slot: the right to do one operation that must not be done twice.
@@ -50,7 +57,7 @@ impl Slots {
     /// Slot 0 was put at the revision `first`; 0 if it was not, because the session may not write.
     pub(crate) fn new(first: i64) -> Self {
         let free = if first == 0 { Vec::new() } else { vec![Slot { index: 0, revision: first, first }] };
-        Self { free: Mutex::new(free), made: AtomicU32::new(1), first }
+        Self { free: Mutex::new(free), made: AtomicU32::new(1), first, refusals: OnceLock::new() }
     }
 
     /// A transaction that puts slot 0, or tells its create revision.
@@ -68,6 +75,10 @@ impl Slots {
     pub(crate) fn give_back(&self, slot: Slot) {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
     }
+
+    pub(crate) fn refusals(&self) -> Arc<Refusals> {
+        self.refusals.get_or_init(Arc::default).clone()
+    }
 }
 
 impl Slot {
@@ -77,6 +88,60 @@ impl Slot {
         let first = first.filter(|(_, created)| *created != 0);
         let created = (self.index == 0 && self.first != 0).then_some(self.first);
         Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision, first, created }
+    }
+}
+
+/// Operations that etcd refused and may accept later. Each tries to move its slot until it may; they take turns, so that
+/// all of them together ask no more often than one.
+#[derive(Debug)]
+pub(crate) struct Refusals {
+    turn: AsyncMutex<()>,
+    room: Arc<Semaphore>,
+}
+
+/// How many refused operations are kept in mind. The slots of more are never used again.
+const REFUSED: usize = 64;
+
+impl Default for Refusals {
+    fn default() -> Self {
+        Self { turn: AsyncMutex::default(), room: Arc::new(Semaphore::new(REFUSED)) }
+    }
+}
+
+impl Refusals {
+    /// Room to keep one more in mind, if there is any.
+    pub(crate) fn room(&self) -> Option<OwnedSemaphorePermit> {
+        self.room.clone().try_acquire_owned().ok()
+    }
+
+    pub(crate) fn turn(&self) -> Turn<'_> {
+        Turn { refusals: self, turn: None, backoff: Backoff::of_refusals() }
+    }
+}
+
+/// Whose turn it is to try again; the next has it when this is dropped.
+pub(crate) struct Turn<'a> {
+    refusals: &'a Refusals,
+    turn: Option<MutexGuard<'a, ()>>,
+    backoff: Backoff,
+}
+
+impl Turn<'_> {
+    /// Waits after a refusal.
+    pub(crate) async fn wait(&mut self, runtime: &Runtime) {
+        if self.turn.is_none() {
+            let free = self.refusals.turn.try_lock().ok();
+            let waits = free.is_none();
+            self.turn = Some(match free {
+                Some(turn) => turn,
+                None => self.refusals.turn.lock().await,
+            });
+            if waits {
+                // Whoever had it before was let.
+                return;
+            }
+        }
+        self.backoff.wait(runtime).await;
     }
 }
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use etcd_recipes::etcd_client::{Client, Txn, TxnOp};
+use etcd_recipes::etcd_client::{Client, ConnectOptions, Txn, TxnOp};
 use etcd_recipes::{Election, Error, Mutex, Result, Session, SessionBuilder, SessionState};
 use futures::StreamExt as _;
 
-use crate::support::check::{Scope, eventually, scoped, scoped_on};
+use crate::support::check::{Scope, alive_tasks, eventually, scoped, scoped_on};
+use crate::support::faults::{Fault, Faults, Until};
 use crate::support::needs::{Needs, lacking};
 use crate::support::server::{Options, PATIENCE};
 use crate::support::sessions::{connect, owns, waits};
@@ -99,6 +100,40 @@ async fn a_user_without_permission_is_told_which_key_it_lacks() {
         denied(observed.next().await.unwrap(), scope.name());
         assert!(observed.next().await.is_none());
         assert!(session.is_alive(), "a denied key is no loss");
+        session.close().await.unwrap();
+        guarded.off().await;
+    })
+    .await;
+}
+
+/// A refusal is an answer, and nothing is sent again. But the network may have a second copy.
+#[tokio::test]
+async fn a_copy_of_what_was_denied_does_nothing_when_it_is_allowed() {
+    if lacking(Needs::Users) {
+        return;
+    }
+    let guarded = Guarded::start().await;
+    scoped_on(&guarded.server, async |scope| {
+        guarded.user("alice", "pw", &[BOOKKEEPING]).await;
+        guarded.on().await;
+        let faults = Faults::new(scope.endpoint());
+        let client = faults.client_with(ConnectOptions::new().with_user("alice", "pw")).await;
+        let session = connect(scope, Session::builder_with_client(client)).await;
+        let tasks = alive_tasks();
+        let late = faults.on("Txn").containing(scope.name()).times(3).inject(Fault::Twice(Until::Released));
+        let (mutex, election) = (
+            Mutex::new(&session, scope.key("lock")).unwrap(),
+            Election::new(&session, scope.key("election")).unwrap(),
+        );
+        denied(mutex.lock().await, scope.name());
+        denied(mutex.try_lock().await, scope.name());
+        denied(election.campaign("x").await, scope.name());
+        eventually(PATIENCE, "what was denied is settled", async || alive_tasks() <= tasks).await;
+        guarded.ctl(&["role", "grant-permission", "--prefix=true", "alice", "readwrite", scope.name()]).await;
+        late.release();
+        late.answered(3).await;
+        let left = guarded.ctl(&["get", "--prefix", "--keys-only", scope.name()]).await;
+        assert_eq!(left.trim(), "");
         session.close().await.unwrap();
         guarded.off().await;
     })

@@ -6,6 +6,7 @@ mod committed;
 mod copies;
 mod fenced;
 mod grant;
+mod large;
 mod no_space;
 mod proclaim;
 mod queues;

@@ -172,7 +172,17 @@ async fn unlock_leaves_the_key_of_another_hold_alone() {
         scope.client().put(key.clone(), "another", None).await.unwrap();
         assert!(guard.unlock().await.unwrap_err().is_lost());
         assert_eq!(scope.keys().await.len(), 1);
+
+        // It stands in line like any other, and the next place has another key.
+        assert!(mutex.try_lock().await.unwrap().is_none());
+        let mut waiter = Box::pin(mutex.lock());
+        assert!(waits(SHORT, &mut waiter).await);
+        let found = scope.client().get(key.clone(), None).await.unwrap();
+        assert_eq!((found.kvs()[0].value(), found.kvs()[0].version()), (&b"another"[..], 1));
         delete(scope, &key).await;
+        let guard = tokio::time::timeout(PATIENCE, waiter).await.expect("its turn").unwrap();
+        assert_ne!(guard.key(), key);
+        guard.unlock().await.unwrap();
         session.close().await.unwrap();
     })
     .await;

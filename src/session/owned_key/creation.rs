@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::name;
 use crate::session::Core;
 use crate::session::generation::Generation;
-use crate::session::rpc::{Failure, RangeAnswer, revision};
+use crate::session::rpc::{Failure, KeyFacts, RangeAnswer, revision};
 use crate::session::runtime::Backoff;
 use crate::session::slots::{Nonce, Slot, Step};
 
@@ -70,6 +70,8 @@ enum Outcome {
     Created(Created),
     /// `only_if` did not hold, and no copy of any attempt will be applied when it does.
     Not,
+    /// There is a key of this name that none of the attempts created.
+    Taken,
     /// The slot had moved, so nothing was done: try again.
     Stale,
     /// The lease has ended, whether or not it came back.
@@ -100,13 +102,18 @@ impl Pending {
                     return Ok(None);
                 }
                 Ok(Outcome::Stale) => {}
+                Ok(Outcome::Taken) => {
+                    // Nobody knows when the name will be free again.
+                    task.nonce = None;
+                    return Err(task.lost());
+                }
                 Ok(Outcome::Ended) | Err(Failure::LeaseGone(_)) => {
                     generation.end();
                     return Err(self.end());
                 }
                 Err(Failure::Refused(error)) => {
                     if !unanswered {
-                        self.settle();
+                        self.refused(&error);
                     }
                     return Err(error);
                 }
@@ -126,9 +133,22 @@ impl Pending {
         }
     }
 
+    /// No attempt was applied. A copy might be, when the reason is gone.
+    fn refused(&mut self, error: &Error) {
+        let Some(task) = self.0.take() else { return };
+        if !error.may_pass() {
+            task.give_back();
+        } else if let Some(room) = task.generation.slots.refusals().room() {
+            task.core.runtime.clone().spawn(async move {
+                task.give_up().await;
+                drop(room);
+            });
+        }
+    }
+
     /// The lease has ended, and takes along whatever an attempt leaves.
     fn end(&mut self) -> Error {
-        self.0.take().map_or(Error::Closed, |task| Error::Lost { key: name::display(&task.key) })
+        self.0.take().map_or(Error::Closed, |task| task.lost())
     }
 }
 
@@ -147,20 +167,21 @@ impl Task {
         let step = self.step();
         let options = PutOptions::new().with_lease(self.generation.lease.get());
         let put = TxnOp::put(key.clone(), value.clone(), Some(options));
-        let mut compares = step.compares();
-        compares.extend(only_if.clone());
+        let absent = Compare::create_revision(key.clone(), CompareOp::Equal, 0);
+        let compares: Vec<_> = step.compares().into_iter().chain([absent]).chain(only_if.clone()).collect();
         let then = [put, step.put("")].into_iter().chain(reads.iter().cloned()).collect::<Vec<_>>();
-        // A first attempt that nothing else speaks against fails only when the lease has ended, or when something on the
-        // way sent it twice: not worth a question with each, the next attempt asks.
-        let asks = again || only_if.is_some();
+        // A first attempt that nothing else speaks against fails only when the lease has ended, when something on the way
+        // sent it twice, or when somebody else put the key: not worth a question with each, the next attempt asks.
+        let conditional = only_if.is_some();
+        let asks = again || conditional;
         let find = || [TxnOp::get(key.clone(), Some(GetOptions::new().with_keys_only())), step.get()];
         let mut find = if asks { find().into_iter().chain(step.get_first()).collect() } else { Vec::new() };
-        if only_if.is_some() {
+        if conditional {
             // Or a copy that comes late would be applied when nothing speaks against it any more.
             find.push(TxnOp::txn(Txn::new().when(step.compares()).and_then([step.put("")])));
         }
-        let response =
-            self.core.rpc.txn(key, Txn::new().when(compares).and_then(then).or_else(find)).await?.0;
+        let txn = Txn::new().when(compares).and_then(then).or_else(find);
+        let response = self.core.rpc.txn_of(value.len(), key, txn).await?.0;
         let revision = revision(response.header.as_ref().map(Into::into));
         if response.succeeded {
             self.slot.revision = revision;
@@ -174,15 +195,18 @@ impl Task {
         let (found, moved, first) = (answer(0), answer(1), answer(2));
         let now = step.moved_to(moved.as_ref());
         let seen = std::mem::replace(&mut self.slot.revision, now);
+        // Slot and key were written at one revision.
+        let ours = |found: &KeyFacts| found.create_revision == now;
         Ok(match found {
             _ if step.shows_end(now, first.as_ref()) => Outcome::Ended,
-            Some(found) => Outcome::Created(self.created(found.create_revision, None)),
+            Some(found) if ours(&found) => Outcome::Created(self.created(found.create_revision, None)),
+            Some(_) if !conditional => Outcome::Taken,
             // Then the slot was moved after it was read.
-            None if seen == now => {
+            _ if seen == now => {
                 self.slot.revision = revision;
                 Outcome::Not
             }
-            None => Outcome::Stale,
+            _ => Outcome::Stale,
         })
     }
 
@@ -204,14 +228,17 @@ impl Task {
     /// Copies of these transactions may be late too, when slot and key name serve another operation. So they compare
     /// what they change.
     async fn give_up(mut self) {
-        let mut backoff = Backoff::of_requests();
+        let refusals = self.generation.slots.refusals();
+        let (mut backoff, mut turn) = (Backoff::of_requests(), refusals.turn());
+        let mut moved = false;
         loop {
             let (step, key) = (self.step(), self.key.clone());
-            let delete = TxnOp::delete(key.clone(), None);
-            let give_up = Txn::new()
-                .when(step.compares())
-                .and_then([step.put(""), delete.clone()])
-                .or_else([step.get()]);
+            let made = Compare::create_revision(key.clone(), CompareOp::Equal, self.slot.revision);
+            let delete = Txn::new().when([made]).and_then([TxnOp::delete(key.clone(), None)]);
+            // Only a slot that was moved comes with a key.
+            let delete_as_well = moved.then(|| TxnOp::txn(delete.clone()));
+            let then: Vec<_> = std::iter::once(step.put("")).chain(delete_as_well).collect();
+            let give_up = Txn::new().when(step.compares()).and_then(then).or_else([step.get()]);
             let attempt = tokio::select! {
                 biased;
                 // The lease goes, and the key and every late copy with it.
@@ -221,31 +248,44 @@ impl Task {
             match attempt {
                 Ok(response) if response.succeeded() => {
                     self.slot.revision = revision(response.header());
-                    self.generation.slots.give_back(self.slot);
-                    return self.nonce.into_iter().for_each(Nonce::give_back);
+                    return self.give_back();
                 }
                 // Moved by an attempt, or by an earlier copy of this.
                 Ok(response) => match moved_to(&step, &response) {
                     // Only its lease takes a slot away.
                     0 => return self.generation.end(),
-                    now => self.slot.revision = now,
+                    now => (self.slot.revision, moved) = (now, true),
                 },
                 Err(Failure::LeaseGone(_)) => return self.generation.end(),
                 // Without space the slot cannot move, but the key can go; late copies are refused as long.
                 Err(Failure::Refused(_)) => {
-                    let made = Compare::create_revision(key.clone(), CompareOp::Equal, self.slot.revision);
-                    let delete = Txn::new().when([made]).and_then([delete]).or_else([step.get()]);
-                    match self.core.rpc.txn(&key, delete).await {
+                    match self.core.rpc.txn(&key, delete.or_else([step.get()])).await {
                         Ok(response) if !response.succeeded() => {
-                            self.slot.revision = moved_to(&step, &response)
+                            let now = moved_to(&step, &response);
+                            moved |= now != self.slot.revision;
+                            self.slot.revision = now;
                         }
                         _ => {}
                     }
-                    backoff.wait(&self.core.runtime).await;
+                    tokio::select! {
+                        biased;
+                        () = self.generation.ended() => return,
+                        () = turn.wait(&self.core.runtime) => {}
+                    }
                 }
                 Err(_) => backoff.wait(&self.core.runtime).await,
             }
         }
+    }
+
+    /// No attempt made so far leaves a key.
+    fn give_back(self) {
+        self.generation.slots.give_back(self.slot);
+        self.nonce.into_iter().for_each(Nonce::give_back);
+    }
+
+    fn lost(&self) -> Error {
+        Error::Lost { key: name::display(&self.key) }
     }
 
     fn step(&self) -> Step {

@@ -127,8 +127,8 @@ fn late_release_does_not_touch_the_next_hold() {
 async fn give_up(rig: &Rig<'_>, entry: Fault, copy: Copy) -> Injection {
     let committed = matches!(entry, Fault::NeverAnswer);
     let entry = rig.txns().inject(entry);
-    // One transaction finds that the entry was made, another deletes it.
-    let late = rig.txns().times(2).inject(copy.fault());
+    // One transaction moves the op slot, or finds that the entry was made; then another deletes it.
+    let late = rig.faults.on("Txn").containing("/op/").times(1 + usize::from(committed)).inject(copy.fault());
     let mutex = rig.mutex();
     let cancelled = tokio::spawn(async move { mutex.lock().await });
     if committed {

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use etcd_client::{Client, CompactionOptions, DeleteOptions};
-use etcd_recipes::{Election, Error, Mutex, Session, SessionState};
+use etcd_client::{Client, CompactionOptions, DeleteOptions, Txn, TxnOp};
+use etcd_recipes::service::Instance;
+use etcd_recipes::{ConfigCache, Election, Error, Mutex, Queue, Result, Session, SessionState};
 use tokio::time::timeout;
 
 use super::{PATIENCE, Rig, arrive, assert_holds};
-use crate::support::check::{eventually, scoped_on};
+use crate::service_registration::services;
+use crate::support::check::{alive_tasks, eventually, scoped_on};
 use crate::support::faults::{Fault, Until};
 use crate::support::line::text;
 use crate::support::needs::{Needs, lacking};
@@ -94,6 +96,63 @@ async fn refused_lock_takes_nothing_later() {
         rig.idle().await;
         assert!(rig.line().await.is_empty(), "{:?}", rig.line().await);
         rig.pass().await;
+        rig.close().await;
+    })
+    .await;
+}
+
+/// A refusal is an answer, and nothing is sent again. But the network may have a second copy.
+#[tokio::test]
+async fn a_copy_of_what_was_refused_does_nothing_when_there_is_space_again() {
+    if lacking(Needs::Settings) {
+        return;
+    }
+    let server = Server::with(Options::fast().arg("--quota-backend-bytes=8388608")).await;
+    scoped_on(&server, async |scope| {
+        let rig = Rig::new(scope, "line").await;
+        let watches = async |count| {
+            let there = async || rig.faults.messages_received("Watch") >= count;
+            eventually(PATIENCE, "the watch is there", there).await;
+        };
+        // One stream for what is held, one for views, and a task for registrations: all that stays.
+        let guard = Mutex::new(&rig.session, scope.key("held")).unwrap().lock().await.unwrap();
+        watches(1).await;
+        let config = ConfigCache::open(&rig.session, scope.key("config")).await.unwrap();
+        watches(2).await;
+        let services = services(scope, &rig.session);
+        let other = Instance::new("other", "127.0.0.1:8400");
+        services.register(other).await.unwrap().deregister().await.unwrap();
+        let queue = Queue::new(&rig.session, scope.key("queue")).unwrap();
+        let tasks = alive_tasks();
+        fill(&mut scope.client()).await;
+
+        let late =
+            rig.faults.on("Txn").containing(scope.name()).always().inject(Fault::Twice(Until::Released));
+        let refused =
+            |result: Result<()>| assert!(matches!(result, Err(Error::NoSpace { .. })), "{result:?}");
+        let (mutex, election) = (rig.mutex(), rig.election());
+        let write = Txn::new().and_then([TxnOp::put(scope.key("written"), "", None)]);
+        // At once, so that none of them serves another.
+        tokio::join!(
+            async { refused(mutex.lock().await.map(drop)) },
+            async { refused(mutex.try_lock().await.map(drop)) },
+            async { refused(election.campaign("value").await.map(drop)) },
+            async { refused(guard.txn(write).await.map(drop)) },
+            async { refused(config.publish("key", "value").await.map(drop)) },
+            async { refused(queue.enqueue("item").await.map(drop)) },
+            async { refused(services.register(Instance::new("new", "127.0.0.1:8400")).await.map(drop)) },
+        );
+        assert!(late.hits() >= 7);
+        // Whatever is sent later may have copies as well, but not here.
+        rig.faults.clear();
+
+        make_space(&server).await;
+        eventually(PATIENCE, "what was refused is settled", async || alive_tasks() <= tasks).await;
+        arrive(&late).await;
+        assert_eq!(scope.keys().await, [text(guard.key())]);
+        guard.unlock().await.unwrap();
+        rig.pass().await;
+        drop((config, queue));
         rig.close().await;
     })
     .await;
