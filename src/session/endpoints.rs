@@ -10,6 +10,7 @@ use std::time::Duration;
 use etcd_client::{Client, KvClient};
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 use tokio::time::Instant;
+use tonic::Status;
 
 use super::dial::Dial;
 use super::runtime::{Backoff, Runtime};
@@ -43,8 +44,32 @@ struct Member {
 /// The last time that another token was asked for.
 struct Login {
     at: Instant,
-    succeeded: bool,
+    outcome: LoggedIn,
 }
+
+/// What came of asking for another token.
+#[derive(Debug, Clone)]
+pub(crate) enum LoggedIn {
+    Yes,
+    /// etcd did not answer, or not now.
+    No,
+    /// The password is wrong, or not that of before any more.
+    Refused(Status),
+}
+
+impl LoggedIn {
+    fn of(error: etcd_client::Error) -> Self {
+        match error {
+            etcd_client::Error::GRpcStatus(status) if status.message() == WRONG_PASSWORD => {
+                Self::Refused(status)
+            }
+            _ => Self::No,
+        }
+    }
+}
+
+/// What etcd says then.
+const WRONG_PASSWORD: &str = "etcdserver: authentication failed, invalid user ID or password";
 
 /// After a token was asked for, the next is not for this long: each costs etcd much.
 const LOGIN_PAUSE: Duration = Duration::from_secs(1);
@@ -95,25 +120,29 @@ impl Endpoints {
     }
 
     /// Renews the token that member `index` refused to a request begun at `begun`: the client does so by itself only for
-    /// some of the errors that ask for it. True if there is a newer one, so that the request may be made again at once.
-    /// All that ask while there is a pause get the same token after it.
-    pub(crate) async fn renew_token(&self, index: usize, begun: Instant, limit: Duration) -> bool {
+    /// some of the errors that ask for it. If it could, the request may be made again at once. All that ask while there is a
+    /// pause get the same token after it.
+    pub(crate) async fn renew_token(&self, index: usize, begun: Instant, limit: Duration) -> LoggedIn {
         let mut login = self.member(index).login.lock().await;
-        if let Some(Login { at, succeeded }) = *login {
-            if at > begun {
-                return succeeded;
+        if let Some(Login { at, outcome }) = &*login {
+            if *at > begun {
+                return outcome.clone();
             }
-            tokio::time::sleep_until(at + LOGIN_PAUSE).await;
+            tokio::time::sleep_until(*at + LOGIN_PAUSE).await;
         }
         // The caller may give up meanwhile.
-        *login = Some(Login { at: Instant::now(), succeeded: false });
+        *login = Some(Login { at: Instant::now(), outcome: LoggedIn::No });
         let renew = async { self.client(index).await?.refresh_token().await };
-        let succeeded = matches!(tokio::time::timeout(limit, renew).await, Ok(Ok(())));
-        *login = Some(Login { at: Instant::now(), succeeded });
-        if !succeeded {
+        let outcome = match tokio::time::timeout(limit, renew).await {
+            Ok(Ok(())) => LoggedIn::Yes,
+            Ok(Err(error)) => LoggedIn::of(error),
+            Err(_) => LoggedIn::No,
+        };
+        *login = Some(Login { at: Instant::now(), outcome: outcome.clone() });
+        if matches!(outcome, LoggedIn::No) {
             self.avoid(index);
         }
-        succeeded
+        outcome
     }
 
     /// What one request to member `index` is sent with.

@@ -202,7 +202,7 @@ impl Task {
                 Err(_) => return tracing::debug!("no keepalive stream in time"),
             };
             match rpc::classify(b"the session's lease", failed, self.rpc.has_user) {
-                Failure::Login(_) if self.rpc.renew_token(self.member, begun).await => continue,
+                Failure::Login(_) if self.rpc.renews_token(self.member, begun).await => continue,
                 Failure::Refused(error) => tracing::warn!(error = ?error, "etcd refuses to renew the lease"),
                 failure => tracing::debug!(?failure, "keepalive stream failed"),
             }
@@ -316,7 +316,7 @@ async fn term(rpc: Arc<Rpc>, client: Client, member: usize) -> Result<Option<u64
         match tokio::time::timeout(rpc.timeout, read).await {
             Ok(Ok(read)) => return Ok(Some(read.header().map_or(0, ResponseHeader::raft_term))),
             Ok(Err(error)) => {
-                if !rpc::is_token_refused(&error) || !rpc.renew_token(member, begun).await {
+                if !rpc::is_token_refused(&error) || !rpc.renews_token(member, begun).await {
                     return Err(error);
                 }
             }

@@ -14,7 +14,7 @@ use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::endpoints::Endpoints;
+use super::endpoints::{Endpoints, LoggedIn};
 use super::runtime::{Backoff, Runtime};
 use crate::error::{Error, Result};
 use crate::name;
@@ -105,7 +105,7 @@ impl Rpc {
                 self.bounded(member, key, limit, call).await
             };
             match (answer, again.take()) {
-                (Err(Failure::Login(_)), Some(same)) if self.renew_token(member, begun).await => txn = *same,
+                (Err(Failure::Login(_)), Some(same)) if self.renew_token(member, begun).await? => txn = *same,
                 (answer, _) => return answer,
             }
         }
@@ -135,7 +135,11 @@ impl Rpc {
                 match answer {
                     Ok(response) => return Ok(response),
                     Err(Failure::Refused(error)) => return Err(error),
-                    Err(Failure::Login(_)) if self.renew_token(member, begun).await => {}
+                    Err(Failure::Login(_)) => match self.renew_token(member, begun).await {
+                        Ok(true) => {}
+                        Err(Failure::Refused(error)) => return Err(error),
+                        _ => backoff.wait(&self.runtime).await,
+                    },
                     Err(_) => backoff.wait(&self.runtime).await,
                 }
             }
@@ -168,7 +172,7 @@ impl Rpc {
                 self.bounded(member, key, self.timeout, call).await
             };
             match answer {
-                Err(Failure::Login(_)) if again && self.renew_token(member, begun).await => again = false,
+                Err(Failure::Login(_)) if again && self.renew_token(member, begun).await? => again = false,
                 answer => return answer,
             }
         }
@@ -198,11 +202,31 @@ impl Rpc {
 
     /// Renews a token that was refused to a request begun at `begun`; true if it may be made again at once. Where each change
     /// of users and permissions makes every token void, and there are many of them, that moment is all there is.
-    pub(crate) fn renew_token(&self, member: usize, begun: Instant) -> BoxFuture<'_, bool> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AuthFailed`], as a refusal, when etcd does not accept the password any more.
+    pub(crate) fn renew_token(&self, member: usize, begun: Instant) -> BoxFuture<'_, Result<bool, Failure>> {
         // Boxed, because it is large and rarely runs, and every request's future contains it.
-        Box::pin(
-            async move { self.has_user && self.endpoints.renew_token(member, begun, self.timeout).await },
-        )
+        Box::pin(async move {
+            if !self.has_user {
+                return Ok(false);
+            }
+            match self.endpoints.renew_token(member, begun, self.timeout).await {
+                LoggedIn::Yes => Ok(true),
+                LoggedIn::No => Ok(false),
+                LoggedIn::Refused(status) => {
+                    tracing::warn!("etcd does not accept the password any more");
+                    let source = etcd_client::Error::GRpcStatus(status);
+                    Err(Failure::Refused(Error::AuthFailed { source }))
+                }
+            }
+        })
+    }
+
+    /// The same for a stream, which tells nobody of a refusal.
+    pub(crate) async fn renews_token(&self, member: usize, begun: Instant) -> bool {
+        self.renew_token(member, begun).await.unwrap_or(false)
     }
 }
 

@@ -110,7 +110,7 @@ fn seeds(runs: usize) -> Vec<u64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_and_events_are_those_of_etcd() {
     // 100,000 operations, or a million.
-    let runs = if support::full() { 200 } else { 20 };
+    let runs = support::rounds(20, 200);
     for seed in seeds(runs) {
         compare(seed, RUN).await;
     }

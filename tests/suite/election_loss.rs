@@ -6,7 +6,7 @@ use etcd_recipes::{Election, Leadership, Session};
 
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::{Fault, Faults, Until};
-use crate::support::full;
+use crate::support::rounds;
 use crate::support::server::PATIENCE;
 use crate::support::sessions::{connect, generation, session};
 
@@ -94,7 +94,7 @@ async fn a_candidate_whose_lease_is_revoked_stands_in_line_again_soon() {
 
 #[tokio::test]
 async fn a_candidate_whose_turn_comes_when_its_lease_is_gone_leads_with_another() {
-    let rounds = if full() { 50 } else { 8 };
+    let rounds = rounds(8, 50);
     scoped(async |scope| {
         let a = session(scope).await;
         // A short one, since an idle session hears of a revoked lease with its next keepalive.

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::Faults;
-use crate::support::full;
+use crate::support::rounds;
 use crate::support::server::PATIENCE;
 use crate::support::sessions::{connect, session};
 
@@ -233,7 +233,7 @@ async fn the_key_watched_from_afar_may_be_created_again_as_well() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_foreign_keys_do_and_however_late_it_is_told_a_holder_is_first_in_line() {
-    let rounds = if full() { 3000 } else { 300 };
+    let rounds = rounds(300, 3000);
     scoped(async |scope| {
         let other = Other::new(scope).await;
         let (inside, done) = (AtomicBool::new(false), Arc::new(AtomicUsize::new(0)));

@@ -7,7 +7,7 @@
 mod support;
 
 mod auth;
-mod auth_streams;
+mod auth_tokens;
 mod bad_input;
 mod beside;
 mod burst;

@@ -10,7 +10,6 @@ use tokio::task::JoinSet;
 
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::cluster::Cluster;
-use crate::support::full;
 use crate::support::holds::States;
 use crate::support::measure::Samples;
 use crate::support::needs::{Needs, lacking};
@@ -31,13 +30,13 @@ enum Harm {
 
 /// Rounds of each harm.
 fn rounds(harm: Harm) -> usize {
-    match harm {
-        _ if full() => 50,
+    let few = match harm {
         Harm::AllRestarted => 1,
         Harm::LeaderMoved => 4,
         Harm::Killed | Harm::BlackHoled => 2,
         Harm::Stopped => 3,
-    }
+    };
+    crate::support::rounds(few, 50)
 }
 
 /// What the work has come to.

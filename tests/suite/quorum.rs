@@ -12,10 +12,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::clock::boottime;
 use crate::support::cluster::Cluster;
-use crate::support::full;
 use crate::support::holds::{Belief, Deletions, States, reaches};
 use crate::support::measure::Samples;
 use crate::support::needs::{Needs, lacking};
+use crate::support::rounds;
 use crate::support::server::PATIENCE;
 
 const TTL: Duration = Duration::from_secs(6);
@@ -234,7 +234,7 @@ async fn a_quorum_away_costs_sessions_only_after_their_deadline() {
     scoped_on(cluster.member(2), async |scope| {
         let mut late = Samples::default();
         // One round among others on a machine that stands still for a moment is not to decide.
-        for _ in 0..if full() { 20 } else { 3 } {
+        for _ in 0..rounds(3, 20) {
             short_outage(scope, &cluster).await;
             for time in long_outage(scope, &cluster).await {
                 late.add(time);

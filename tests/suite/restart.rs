@@ -7,10 +7,10 @@ use tokio::task::JoinHandle;
 
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::clock::boottime;
-use crate::support::full;
 use crate::support::holds::{States, reaches};
 use crate::support::measure::Samples;
 use crate::support::needs::{Needs, lacking};
+use crate::support::rounds;
 use crate::support::server::{PATIENCE, Server};
 
 async fn sessions(scope: &Scope, count: usize, ttl: u64) -> Vec<(Session, States)> {
@@ -42,7 +42,7 @@ async fn a_restart_within_the_ttl_hurts_nobody() {
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let sessions = sessions(scope, 3, 6).await;
-        for _ in 0..if full() { 20 } else { 3 } {
+        for _ in 0..rounds(3, 20) {
             let mut calls = Vec::new();
             for (session, _) in &sessions {
                 calls.push(in_line(scope, session, "lock").await);
@@ -87,7 +87,7 @@ async fn sessions_lost_in_an_outage_are_made_anew_at_once() {
     scoped_on(&server, async |scope| {
         let sessions = sessions(scope, 8, 2).await;
         let mut late = Samples::default();
-        for generation in 1..=if full() { 20 } else { 3 } {
+        for generation in 1..=rounds(3, 20) {
             let mut calls = Vec::new();
             let (first, others) = sessions.split_first().unwrap();
             let lock = Mutex::new(&first.0, scope.key("lock")).unwrap();

@@ -9,11 +9,11 @@ use futures::future::join_all;
 
 use crate::support::check::{Scope, scoped_on};
 use crate::support::cluster::Cluster;
-use crate::support::full;
 use crate::support::holds::{Belief, Deletions, States, returns};
 use crate::support::measure::Samples;
 use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
+use crate::support::rounds;
 
 const TTL: Duration = Duration::from_secs(6);
 /// How long the leader is stopped: others elect another meanwhile, and the lease does not end.
@@ -123,7 +123,7 @@ async fn answers_of_a_leader_that_was_replaced_do_not_count() {
         return;
     }
     let cluster = Cluster::start().await;
-    for number in 0..if full() { 8 } else { 1 } {
+    for number in 0..rounds(1, 8) {
         let ahead = round(&cluster, number).await;
         ahead.report("leader stopped, then cut off: known before the deletion by");
         cluster.settled().await;

@@ -12,8 +12,8 @@ use futures::future::join_all;
 
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::{Fault, Faults, Injection, Until};
-use crate::support::full;
 use crate::support::line::line;
+use crate::support::rounds;
 
 use contender::Contender;
 use oracle::Oracle;
@@ -37,7 +37,7 @@ impl Drop for Seed {
 /// In full length 40 rounds of 15 s; by default 3 of 8 s, side by side.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_contenders_exclude_each_other() {
-    let (rounds, time) = if full() { (40, Duration::from_secs(15)) } else { (3, Duration::from_secs(8)) };
+    let (rounds, time) = rounds((3, Duration::from_secs(8)), (40, Duration::from_secs(15)));
     let given = std::env::var("ETCD_RECIPES_SEED").ok().map(|seed| seed.parse().expect("not a number"));
     let seeds: Vec<u64> = match given {
         Some(seed) => vec![seed],

@@ -7,10 +7,10 @@ use etcd_recipes::{Mutex, MutexGuard, Session};
 use tokio::task::JoinHandle;
 
 use crate::support::check::{Scope, eventually, scoped_on};
-use crate::support::full;
 use crate::support::holds::States;
 use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::{Mode, Proxy};
+use crate::support::rounds;
 use crate::support::server::{PATIENCE, Server};
 
 /// A session through proxies, and one that goes straight.
@@ -115,7 +115,7 @@ async fn compaction_does_not_hurt_a_waiter() {
     let server = Server::fast().await;
     // Near the front the line is watched; further back, one key.
     for ahead in [1, 3, 30] {
-        for _ in 0..if full() { 50 } else { 5 } {
+        for _ in 0..rounds(5, 50) {
             scoped_on(&server, async |scope| compacted_away(&server, scope, ahead).await).await;
         }
     }

@@ -25,6 +25,8 @@ pub(crate) struct Scope {
     endpoint: String,
     client: Client,
     leases: Mutex<Vec<i64>>,
+    /// The server serves this test alone, so it is to have no lease at all at the end.
+    alone: bool,
     tasks: usize,
 }
 
@@ -36,6 +38,7 @@ impl Scope {
             endpoint: server.endpoint(),
             client: server.client().await,
             leases: Mutex::new(Vec::new()),
+            alone: !super::is_shared(server),
             tasks: alive_tasks(),
         }
     }
@@ -71,7 +74,7 @@ impl Scope {
     }
 
     /// Panics unless, within a grace time, no key below the prefix is left, no lease and no bookkeeping key
-    /// named with [`Scope::owns_lease`], and no task on the test's runtime.
+    /// named with [`Scope::owns_lease`], no lease at all on a server of the test's own, and no task on the test's runtime.
     pub(crate) async fn close(self) {
         let mut client = self.client.clone();
         let leases = self.leases.lock().unwrap().clone();
@@ -81,7 +84,9 @@ impl Scope {
             left.extend(keys(&mut client, "_etcd-recipes/", |key, lease| belongs(key, lease, &leases)).await);
             let alive = client.leases().await.expect("cannot list leases");
             let alive = alive.leases().iter().map(etcd_client::LeaseStatus::id);
-            left.extend(alive.filter(|id| leases.contains(id)).map(|id| format!("lease {id:x}")));
+            left.extend(
+                alive.filter(|id| self.alone || leases.contains(id)).map(|id| format!("lease {id:x}")),
+            );
             let tasks = alive_tasks();
             if left.is_empty() && tasks <= self.tasks {
                 return;

@@ -22,6 +22,8 @@ pub(crate) mod server;
 pub(crate) mod sessions;
 pub(crate) mod users;
 
+use std::io::Write as _;
+use std::panic::Location;
 use std::sync::OnceLock;
 
 use etcd_client::{Client, ConnectOptions};
@@ -34,15 +36,41 @@ pub(crate) fn full() -> bool {
     std::env::var_os("ETCD_RECIPES_FULL").is_some()
 }
 
+/// How much of something a test does: all of it in full, otherwise few. That is added to the file that
+/// `ETCD_RECIPES_SHORTENED` names, for `cargo xtask test` to tell what was shortened.
+#[track_caller]
+pub(crate) fn rounds<T: std::fmt::Debug>(few: T, all: T) -> T {
+    if full() {
+        return all;
+    }
+    let caller = Location::caller();
+    add_line("ETCD_RECIPES_SHORTENED", &format!("{}:{}\t{few:?} of {all:?}", caller.file(), caller.line()));
+    few
+}
+
+/// Adds a line to the file that a variable names, if it names one.
+fn add_line(variable: &str, line: &str) {
+    let Some(path) = std::env::var_os(variable) else { return };
+    let file = std::fs::File::options().create(true).append(true).open(path);
+    let added = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+    added.unwrap_or_else(|error| panic!("cannot write to {variable}: {error}"));
+}
+
+static SHARED: OnceLock<Server> = OnceLock::new();
+
 /// The one etcd of this test process for tests that do not hurt their server. Started at first use with
 /// [`Server::fast`]; it dies with the process.
 pub(crate) fn etcd() -> &'static Server {
-    static SHARED: OnceLock<Server> = OnceLock::new();
     SHARED.get_or_init(|| {
         // A test's runtime must not be blocked on from inside, so the start is awaited elsewhere.
         let start = std::thread::spawn(|| background().block_on(Server::fast()));
         start.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Whether other tests use this server as well.
+pub(crate) fn is_shared(server: &Server) -> bool {
+    SHARED.get().is_some_and(|shared| std::ptr::eq(shared, server))
 }
 
 /// The tools' own runtime. What they run stays out of the task count of the test's runtime, and keeps going

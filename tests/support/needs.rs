@@ -31,14 +31,10 @@ pub(crate) fn lacking(needed: Needs) -> bool {
         return false;
     }
     let test = Location::caller();
-    let line = format!("{needed:?}\t{}:{}\n", test.file(), test.line());
+    let line = format!("{needed:?}\t{}:{}", test.file(), test.line());
     // What the print macros print is shown only when a test fails.
-    let _ = write!(std::io::stderr(), "set aside on the embedded server, which lacks: {line}");
-    if let Some(list) = std::env::var_os("ETCD_RECIPES_SET_ASIDE") {
-        let file = std::fs::File::options().create(true).append(true).open(list);
-        file.and_then(|mut file| file.write_all(line.as_bytes()))
-            .expect("cannot write ETCD_RECIPES_SET_ASIDE");
-    }
+    let _ = writeln!(std::io::stderr(), "set aside on the embedded server, which lacks: {line}");
+    super::add_line("ETCD_RECIPES_SET_ASIDE", &line);
     true
 }
 

@@ -1,5 +1,7 @@
 //! A server that asks for passwords.
 
+use etcd_client::{Client, ConnectOptions};
+
 use super::needs::{Needs, asked_for};
 use super::server::{Options, Server};
 
@@ -36,6 +38,13 @@ impl Guarded {
     /// Turns it off.
     pub(crate) async fn off(&self) {
         self.ctl(&["auth", "disable"]).await;
+    }
+
+    /// A client that is root.
+    pub(crate) async fn root(&self) -> Client {
+        let (name, password) = ROOT.split_once(':').expect("a name and a password");
+        let options = ConnectOptions::new().with_user(name, password);
+        super::client_with([self.server.endpoint()], options).await
     }
 
     /// Runs `etcdctl` as root.

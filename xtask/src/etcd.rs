@@ -102,13 +102,19 @@ fn find(home: &Path, line: &Line) -> Result<Option<Etcd>> {
     let Ok(entries) = home.read_dir() else { return Ok(None) };
     let mut dirs: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     dirs.retain(|dir| dir.file_name().is_some_and(|name| is_of_line(&name.to_string_lossy(), line.name)));
-    dirs.sort();
+    // 3.5.16 comes after 3.5.9.
+    dirs.sort_by_key(|dir| numbers(&dir.to_string_lossy()));
     for dir in dirs.iter().rev() {
         if let Some(etcd) = Etcd::look(dir, "under target/etcd")? {
             return Ok(Some(etcd));
         }
     }
     Ok(None)
+}
+
+/// The numbers in a name, in order.
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }
 
 /// Whether a version belongs to the release line.
@@ -150,7 +156,7 @@ fn parse_version(output: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_of_line, parse_version};
+    use super::{is_of_line, numbers, parse_version};
 
     #[test]
     fn the_version_is_read_from_what_etcd_prints() {
@@ -165,5 +171,10 @@ mod tests {
         assert!(is_of_line("3.5.16+dfsg-3", "3.5"));
         assert!(!is_of_line("3.40.1", "3.4"));
         assert!(!is_of_line("3.4", "3.4"));
+    }
+
+    #[test]
+    fn the_newest_of_a_line_is_found_by_its_numbers() {
+        assert!(numbers("3.5.16") > numbers("3.5.9") && numbers("3.5.16+dfsg-3") > numbers("3.5.16"));
     }
 }

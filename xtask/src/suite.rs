@@ -1,8 +1,8 @@
 //! `cargo xtask test` and `cargo xtask check`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -33,10 +33,15 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
         let success = cargo.run(&with_libtest(command, args), &[threads()])?;
         results.push((what.to_owned(), success));
     }
+    let shortened = list(root, "shortened")?;
     for (number, etcd) in etcds.iter().enumerate() {
         let what = format!("suite ({extent}) on {etcd}");
         announce(&what);
-        let mut env = vec![threads(), ("ETCD_RECIPES_ETCD", etcd.dir.clone().into())];
+        let mut env = vec![
+            threads(),
+            ("ETCD_RECIPES_ETCD", etcd.dir.clone().into()),
+            ("ETCD_RECIPES_SHORTENED", shortened.clone().into()),
+        ];
         if full {
             env.push((FULL, "1".into()));
         }
@@ -58,15 +63,28 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
     for (what, success) in &results {
         println!("  {:6}  {what}", if *success { "ok" } else { "FAILED" });
     }
+    let shortened = std::fs::read_to_string(shortened)?;
+    let shortened: BTreeSet<_> = shortened.lines().filter_map(|line| line.split_once('\t')).collect();
+    if !shortened.is_empty() {
+        println!("\nxtask: what had fewer rounds than with --full");
+        for (test, rounds) in shortened {
+            println!("  {rounds:24}  {test}");
+        }
+    }
     Ok(results.iter().all(|(_, success)| *success))
+}
+
+/// An empty file under `target` for tests to add lines to.
+fn list(root: &Path, name: &str) -> Result<PathBuf> {
+    let list = root.join("target").join(name);
+    std::fs::write(&list, "").with_context(|| format!("cannot write {}", list.display()))?;
+    Ok(list)
 }
 
 /// Runs the suite on the embedded server, with the `etcdctl` of an etcd. Tells how much of it was set aside, and for what.
 fn on_embedded(cargo: &Cargo, root: &Path, etcd: &Etcd, args: &TestArgs) -> Result<(String, bool)> {
     announce("suite on the embedded server");
-    let aside = root.join("target").join("set-aside");
-    // Tests add to it.
-    std::fs::write(&aside, "").with_context(|| format!("cannot write {}", aside.display()))?;
+    let aside = list(root, "set-aside")?;
     let suite = || with_libtest(vec!["test", "--test", "suite", "--no-fail-fast"], args);
     let env = [
         threads(),
@@ -76,9 +94,9 @@ fn on_embedded(cargo: &Cargo, root: &Path, etcd: &Etcd, args: &TestArgs) -> Resu
     ];
     let success = cargo.run(&suite(), &env)?;
 
-    let mut list = suite();
-    list.extend(if args.libtest.is_empty() { &["--", "--list"][..] } else { &["--list"] });
-    let all = cargo.output(&list)?.lines().filter(|line| line.ends_with(": test")).count();
+    let mut names = suite();
+    names.extend(if args.libtest.is_empty() { &["--", "--list"][..] } else { &["--list"] });
+    let all = cargo.output(&names)?.lines().filter(|line| line.ends_with(": test")).count();
     let mut lacking = BTreeMap::new();
     for line in std::fs::read_to_string(&aside)?.lines() {
         let (what, _) = line.split_once('\t').context("no list of tests set aside")?;

@@ -120,7 +120,7 @@ impl Task {
                 let member = self.shared.rpc.endpoints.current();
                 let serve = async {
                     match self.serve(member).await {
-                        End::TokenRefused if self.shared.rpc.renew_token(member, opened).await => End::Again,
+                        End::TokenRefused if self.shared.rpc.renews_token(member, opened).await => End::Again,
                         end => end,
                     }
                 };

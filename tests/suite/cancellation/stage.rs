@@ -1,6 +1,6 @@
 //! Who acts in the tests of cancellation, and what must hold after each cut.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -13,8 +13,9 @@ use crate::support::faults::Faults;
 use crate::support::line::{Entry, line};
 use crate::support::poll::{drop_after_polls, drop_when_woken};
 
-/// Most of the time the next one has its turn within this time.
+/// The next one has its turn within this time. A machine under load may stand still, but not at the same cut each time.
 const AT_ONCE: Duration = Duration::from_secs(2);
+const TRIES: usize = 3;
 /// Within this time everything is as if the dropped call had never been, also on a machine under load; what is stuck
 /// waits for a lease, or for ever.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
@@ -101,15 +102,21 @@ pub(super) struct Stage<'a> {
 /// was cut; it has taken away then what it brought itself.
 pub(super) async fn every_cut(call: impl AsyncFn(&Stage<'_>, Knife<'_>) -> Option<()>) {
     scoped(async |scope| {
-        let (stage, waits) = (Stage::open(scope).await, RefCell::new(Vec::new()));
+        let stage = Stage::open(scope).await;
         let try_cut = async |cut| {
-            // Boxed: in debug builds a large future is copied to the stack more often than it has room for.
-            let knife = Knife { cut, faults: &stage.faults };
-            let call = tokio::time::timeout(LONG, Box::pin(call(&stage, knife))).await;
-            let complete = call.unwrap_or_else(|_| panic!("{cut:?}: stuck")).is_some();
-            let waited = stage.look_around(cut).await;
-            waits.borrow_mut().push(waited);
-            complete
+            let mut slowest = Duration::ZERO;
+            for _ in 0..TRIES {
+                // Boxed: in debug builds a large future is copied to the stack more often than it has room for.
+                let knife = Knife { cut, faults: &stage.faults };
+                let call = tokio::time::timeout(LONG, Box::pin(call(&stage, knife))).await;
+                let complete = call.unwrap_or_else(|_| panic!("{cut:?}: stuck")).is_some();
+                let waited = stage.look_around(cut).await;
+                if waited < AT_ONCE {
+                    return complete;
+                }
+                slowest = slowest.max(waited);
+            }
+            panic!("{cut:?}: the next one waits {slowest:?} for its turn");
         };
         let mut polls = 0;
         while !try_cut(Cut::After(polls)).await {
@@ -119,10 +126,6 @@ pub(super) async fn every_cut(call: impl AsyncFn(&Stage<'_>, Knife<'_>) -> Optio
             try_cut(Cut::Woken(polls)).await;
         }
         assert!(polls > 0, "it was never cut");
-        let mut waits = waits.into_inner();
-        waits.sort_unstable();
-        let median = waits[waits.len() / 2];
-        assert!(median < AT_ONCE, "the next one waits {median:?} for its turn");
         // It may be another than at the start.
         scope.owns_lease(stage.ours.lease_id().expect("the session has no lease"));
         stage.ours.close().await.unwrap();

@@ -6,9 +6,9 @@ use etcd_recipes::ConfigCache;
 
 use super::{Behind, Told, at_etcd, cached, put, remove, wipe};
 use crate::support::check::scoped_on;
-use crate::support::full;
 use crate::support::needs::{Needs, lacking};
 use crate::support::proxy::Mode;
+use crate::support::rounds;
 
 /// Within this time after etcd can be reached, the cache has what etcd has; a machine under load is given more.
 const SOON: Duration = Duration::from_secs(2);
@@ -19,7 +19,7 @@ async fn cut_compact_restart_and_converge() {
     if lacking(Needs::Disk) {
         return;
     }
-    let cycles = if full() { 200 } else { 15 };
+    let cycles = rounds(15, 200);
     let behind = Behind::start().await;
     scoped_on(&behind.server, async |scope| {
         let session = behind.session(scope).await;

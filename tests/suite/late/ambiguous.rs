@@ -10,8 +10,8 @@ use futures::StreamExt as _;
 use super::{LONG, PATIENCE, Rig, TTL, arrive, assert_holds};
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::faults::{Fault, Injection, Until};
-use crate::support::full;
 use crate::support::line::text;
+use crate::support::rounds;
 
 /// The time after which an impatient caller goes away; shorter than what the session waits for an answer.
 const IMPATIENCE: Duration = Duration::from_secs(1);
@@ -76,11 +76,11 @@ struct Run<'a> {
     waits: Arc<Mutex<Vec<Duration>>>,
 }
 
-/// Runs `each` in every way, 100 times in full length and 12 times by default.
+/// Runs `each` in every way, 100 times in full.
 async fn in_every_way<'a>(scope: &'a Scope, each: impl AsyncFn(&Run<'a>)) {
     let other = Session::builder_with_client(scope.client()).ttl(TTL).connect().await.unwrap();
     scope.owns_lease(other.lease_id().unwrap());
-    let times = if full() { 100 } else { 12 };
+    let times = rounds(12, 100);
     let waits = Arc::new(Mutex::new(Vec::new()));
     let runs = (0..times).flat_map(|number| WAYS.map(|way| (number, way)));
     let runs = futures::stream::iter(runs).map(|(number, way)| {

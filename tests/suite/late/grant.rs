@@ -10,7 +10,7 @@ use futures::future::join_all;
 use super::{PATIENCE, TTL};
 use crate::support::check::{Scope, eventually, scoped_on};
 use crate::support::faults::{Fault, Faults, Injection, Until};
-use crate::support::full;
+use crate::support::rounds;
 use crate::support::server::Server;
 
 /// For leases that are to expire in the test. An attempt is given up after a second.
@@ -20,7 +20,7 @@ const EXPIRED: Duration = Duration::from_secs(30);
 
 /// How often each: 100 times in full length.
 fn times() -> usize {
-    if full() { 100 } else { 25 }
+    rounds(25, 100)
 }
 
 /// A session whose grant meets a fault.

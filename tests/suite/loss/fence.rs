@@ -7,11 +7,11 @@ use etcd_recipes::{Error, Mutex, MutexGuard, Session};
 
 use crate::support::check::{Scope, scoped};
 use crate::support::faults::{Fault, Faults, Until};
-use crate::support::full;
+use crate::support::rounds;
 
 /// Trials of each kind: the third counts twice, so 100 by default.
 fn trials() -> usize {
-    if full() { 250 } else { 25 }
+    rounds(25, 250)
 }
 
 /// A holder that hears nothing from its watches, and another that waits for the lock.

@@ -8,9 +8,9 @@ use etcd_client::Client;
 use etcd_recipes::{Election, Mutex, MutexGuard, Session, SessionState};
 
 use crate::support::check::{Scope, eventually, scoped};
-use crate::support::full;
 use crate::support::holds::{Deletions, reaches};
 use crate::support::measure::Samples;
+use crate::support::rounds;
 use crate::support::server::PATIENCE;
 
 /// What a guard older than 50 ms must know by then, in the median.
@@ -18,7 +18,7 @@ const PROMPT: Duration = Duration::from_millis(100);
 
 /// Trials of each kind.
 fn trials() -> usize {
-    if full() { 200 } else { 30 }
+    rounds(30, 200)
 }
 
 /// A guard of this age is watched.

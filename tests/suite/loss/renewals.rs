@@ -8,9 +8,9 @@ use etcd_recipes::{Mutex, Session, SessionState};
 use crate::support::check::{eventually, scoped};
 use crate::support::clock::boottime;
 use crate::support::faults::Faults;
-use crate::support::full;
 use crate::support::holds::{Belief, Deletions, States, reaches};
 use crate::support::proxy::{Mode, Proxy};
+use crate::support::rounds;
 use crate::support::server::PATIENCE;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -61,7 +61,7 @@ async fn three_lost_answers_in_a_row_do_not_lose_a_session() {
         scope.owns_lease(session.lease_id().unwrap());
         let states = States::of(&session);
         let guard = Mutex::new(&session, scope.name()).unwrap().lock().await.unwrap();
-        for _ in 0..if full() { 100 } else { 5 } {
+        for _ in 0..rounds(5, 100) {
             let before = faults.messages_received("LeaseKeepAlive");
             faults.swallow_answers("LeaseKeepAlive", 3);
             eventually(PATIENCE, "three answers are lost", async || {

@@ -8,10 +8,10 @@ use futures::future::join_all;
 
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::clock::boottime;
-use crate::support::full;
 use crate::support::holds::{Belief, Deletions, States, returns};
 use crate::support::measure::Samples;
 use crate::support::proxy::{Mode, Proxy};
+use crate::support::rounds;
 use crate::support::server::PATIENCE;
 
 const TTL: Duration = Duration::from_secs(2);
@@ -86,7 +86,7 @@ async fn cut_off(scope: &Scope, deletions: &Deletions, mode: Mode, wait: Duratio
 async fn a_holder_in_a_black_hole_knows_before_etcd_deletes_its_key() {
     scoped(async |scope| {
         let deletions = Deletions::below(scope.endpoint(), scope.name()).await;
-        let trials = if full() { 20 } else { 4 };
+        let trials = rounds(4, 20);
         for mode in [Mode::HoleBoth, Mode::HoleToServer, Mode::HoleToClient] {
             // From right after the grant, before any renewal, on to over one interval between renewals.
             let waits = (0..trials).map(|trial| TTL / 2 * trial / trials);
@@ -109,7 +109,7 @@ async fn answers_that_come_too_late_do_not_prolong_a_hold() {
             let to_client = TTL * 6 / 10;
             cut_off(scope, &deletions, Mode::Delay { to_server: Duration::ZERO, to_client }, wait)
         };
-        let trials = if full() { 20 } else { 4 };
+        let trials = rounds(4, 20);
         let ahead = join_all((0..trials).map(|trial| late(TTL / 2 * trial / trials))).await;
         ahead.into_iter().collect::<Samples>().report("answers late: known before the deletion by");
     })

@@ -11,8 +11,8 @@ use futures::future::join_all;
 use crate::support::check::{Scope, scoped};
 use crate::support::child::{Child, Role, role};
 use crate::support::clock::boottime;
-use crate::support::full;
 use crate::support::holds::{Belief, Deletions};
+use crate::support::rounds;
 
 const TTL: Duration = Duration::from_secs(2);
 
@@ -134,7 +134,7 @@ async fn stop_past_the_ttl(scope: &Scope, deletions: &Deletions, round: usize, l
 async fn a_process_stopped_past_its_ttl_knows_when_it_wakes_up_and_cannot_write() {
     scoped(async |scope| {
         let deletions = Deletions::below(scope.endpoint(), scope.name()).await;
-        let (rounds, locks) = if full() { (40, 25) } else { (4, 25) };
+        let (rounds, locks) = (rounds(4, 40), 25);
         let mut refused = 0;
         for first in (0..rounds).step_by(4) {
             let round = |round| stop_past_the_ttl(scope, &deletions, round, locks);

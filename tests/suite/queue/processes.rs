@@ -12,10 +12,10 @@ use super::{claim, text};
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
 use crate::support::child::{Child, Role, role};
 use crate::support::faults::{Fault, Faults};
-use crate::support::full;
 use crate::support::needs::{Needs, lacking};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::session;
+use crate::support::{full, rounds};
 
 const TTL: Duration = Duration::from_secs(2);
 /// How long after the death of a consumer, or etcd's start, its items are delivered again.
@@ -281,7 +281,7 @@ async fn nothing_is_lost_or_acked_twice_whatever_happens() {
     if lacking(Needs::Disk) {
         return;
     }
-    let items = if full() { 100_000 } else { 3_000 };
+    let items = rounds(3_000, 100_000);
     let server = Server::fast().await;
     scoped_on(&server, async |scope| {
         let mut producers = tokio::task::JoinSet::new();

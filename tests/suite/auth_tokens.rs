@@ -1,9 +1,9 @@
-//! Streams whose token is refused: they take another, and nobody notices.
+//! Tokens that are refused: another is taken and nobody notices, as long as the password is right.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use etcd_recipes::etcd_client::ConnectOptions;
-use etcd_recipes::{Mutex, Session};
+use etcd_client::{Client, ConnectOptions};
+use etcd_recipes::{Error, Mutex, Result, Session, SessionState};
 use tonic::Status;
 
 use crate::support::check::{Scope, eventually, scoped_on};
@@ -11,7 +11,7 @@ use crate::support::faults::{Fault, Faults};
 use crate::support::holds::States;
 use crate::support::needs::{Needs, lacking};
 use crate::support::server::PATIENCE;
-use crate::support::sessions::connect;
+use crate::support::sessions::{connect, generation};
 use crate::support::users::Guarded;
 
 /// What etcd says of a signed token after a change of users or permissions. The client asks for no other by itself.
@@ -20,7 +20,7 @@ fn refused() -> Status {
 }
 
 /// Runs a test on a server where alice may do what it needs.
-async fn as_alice(body: impl AsyncFnOnce(&Scope)) {
+async fn as_alice(body: impl AsyncFnOnce(&Scope, Client)) {
     if lacking(Needs::Users) {
         return;
     }
@@ -28,7 +28,7 @@ async fn as_alice(body: impl AsyncFnOnce(&Scope)) {
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "pw", &[scope.name(), "_etcd-recipes/"]).await;
         guarded.on().await;
-        body(scope).await;
+        body(scope, guarded.root().await).await;
         guarded.off().await;
     })
     .await;
@@ -61,7 +61,7 @@ async fn once_of_three(what: impl AsyncFn() -> bool) {
 /// A newer etcd looks at the token of each renewal, and the next change of permissions may void the new one as well.
 #[tokio::test]
 async fn a_keepalive_stream_that_is_refused_is_opened_again_at_once() {
-    as_alice(async |scope| {
+    as_alice(async |scope, _| {
         once_of_three(async || {
             let faults = Faults::new(scope.endpoint());
             faults.next("LeaseKeepAlive", Fault::FailWith(refused()));
@@ -79,7 +79,7 @@ async fn a_keepalive_stream_that_is_refused_is_opened_again_at_once() {
 
 #[tokio::test]
 async fn a_keepalive_that_was_sent_when_its_stream_was_refused_is_sent_again_at_once() {
-    as_alice(async |scope| {
+    as_alice(async |scope, _| {
         once_of_three(async || {
             let faults = Faults::new(scope.endpoint());
             let session = through(scope, &faults).await;
@@ -106,7 +106,7 @@ async fn a_keepalive_that_was_sent_when_its_stream_was_refused_is_sent_again_at_
 
 #[tokio::test]
 async fn a_watch_stream_that_is_refused_goes_on_with_another_token() {
-    as_alice(async |scope| {
+    as_alice(async |scope, _| {
         let faults = Faults::new(scope.endpoint());
         let holder = connect(scope, Session::builder([scope.endpoint()]).user("alice", "pw")).await;
         let waiter = through(scope, &faults).await;
@@ -133,4 +133,39 @@ async fn a_watch_stream_that_is_refused_goes_on_with_another_token() {
         waiter.close().await.unwrap();
     })
     .await;
+}
+
+/// Whoever asks is told, and nobody logs in again and again as fast as it can.
+#[tokio::test]
+async fn a_password_that_was_changed_is_told() {
+    as_alice(async |scope, mut root| {
+        let faults = Faults::new(scope.endpoint());
+        let session = through(scope, &faults).await;
+        let mutex = Mutex::new(&session, scope.name()).unwrap();
+        let guard = mutex.lock().await.unwrap();
+        let (begin, logins) = (Instant::now(), faults.calls("Authenticate"));
+        // This makes every token of the user void.
+        root.user_change_password("alice", "new").await.unwrap();
+        told(mutex.try_lock()).await;
+        told(guard.unlock()).await;
+        told(mutex.lock()).await;
+        let mut lost = session.watch_state();
+        let lost = lost.wait_for(|state| matches!(state, SessionState::Lost { .. }));
+        tokio::time::timeout(PATIENCE, lost).await.expect("its lease is renewed").unwrap();
+        let (logins, time) = (faults.calls("Authenticate") - logins, begin.elapsed());
+        // One a second for keepalives, and one for all else.
+        assert!(logins as u64 <= 2 * (time.as_secs() + 2), "{logins} logins in {time:?}");
+
+        root.user_change_password("alice", "pw").await.unwrap();
+        generation(scope, &session, 2).await;
+        mutex.lock().await.unwrap().unlock().await.unwrap();
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// Waits for a call that fails because of the password.
+async fn told<T: std::fmt::Debug>(call: impl Future<Output = Result<T>>) {
+    let result = tokio::time::timeout(PATIENCE, call).await.expect("nobody is told");
+    assert!(matches!(result, Err(Error::AuthFailed { .. })), "{result:?}");
 }
