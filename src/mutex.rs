@@ -177,6 +177,9 @@ impl MutexGuard {
     /// Waits until the lock is lost: the lease is over, or somebody deleted the key. Also ends when the lock was
     /// released. The future does not borrow the guard.
     ///
+    /// Timers stand still while the machine sleeps: after that it may end up to a third of the TTL late, and
+    /// [`is_held`](MutexGuard::is_held) knows at once.
+    ///
     /// # Cancel safety
     ///
     /// Only waits.

@@ -235,7 +235,7 @@ impl Session {
     /// Ends the session: revokes the lease, and with it everything acquired through this session, in one request.
     ///
     /// Every guard of the session reports its loss at once, every waiting call fails with [`Error::Closed`]. Returns
-    /// when etcd has confirmed, or after the TTL.
+    /// when etcd has confirmed; when it refuses, or does not answer for the TTL, the lease is left to expire.
     ///
     /// # Errors
     ///

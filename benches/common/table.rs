@@ -62,13 +62,19 @@ impl Row {
         line
     }
 
-    fn cells(&self, figure: &Figure) -> [String; 6] {
-        let (limit, verdict) = match self.limit {
-            None => (String::new(), ""),
-            Some(limit) => (limit.to_string(), if limit.is_met(figure.value) { "ok" } else { "MISSED" }),
+    /// `None`: it cannot be had here.
+    fn cells(&self, figure: Option<&Figure>) -> [String; 6] {
+        let (limit, unit) = (self.limit, if self.unit == "ratio" { "" } else { self.unit });
+        let verdict = match (figure, limit) {
+            (None, _) => "not measured",
+            (Some(_), None) => "",
+            (Some(figure), Some(limit)) if limit.is_met(figure.value) => "ok",
+            (Some(_), Some(_)) => "MISSED",
         };
-        let (value, unit) = (number(figure.value), if self.unit == "ratio" { "" } else { self.unit });
-        [self.name.clone(), value, unit.into(), limit, verdict.into(), figure.origin.clone()]
+        let limit = limit.map_or_else(String::new, |limit| limit.to_string());
+        let (value, origin) =
+            figure.map_or_else(Default::default, |figure| (number(figure.value), figure.origin.clone()));
+        [self.name.clone(), value, unit.into(), limit, verdict.into(), origin]
     }
 }
 
@@ -124,11 +130,9 @@ pub(crate) async fn run<M>(
             }
         };
         for (row, figure) in case.rows.iter().zip(figures) {
-            if let Some(figure) = figure
-                && row.name.contains(only)
-            {
-                table.add_row(row.cells(&figure));
-                lines.push(row.json(&figure));
+            if row.name.contains(only) {
+                table.add_row(row.cells(figure.as_ref()));
+                lines.extend(figure.map(|figure| row.json(&figure)));
             }
         }
     }

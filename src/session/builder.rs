@@ -161,7 +161,8 @@ impl SessionBuilder {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the lease is revoked in the background.
+    /// When dropped, the lease is revoked in the background. If etcd has not answered for it yet, it is left to expire; it
+    /// has no keys.
     ///
     /// # Panics
     ///

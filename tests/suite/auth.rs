@@ -50,7 +50,9 @@ async fn without_the_right_password_nobody_gets_a_session() {
     scoped_on(&guarded.server, async |scope| {
         guarded.user("alice", "right", &[scope.name(), BOOKKEEPING]).await;
         guarded.on().await;
-        let begin = Instant::now();
+        let mut root = guarded.root().await;
+        let mut revision = async || root.get("x", None).await.unwrap().header().unwrap().revision();
+        let (begin, before) = (Instant::now(), revision().await);
         auth_failed(builder(scope).user("alice", "wrong").connect().await);
         auth_failed(builder(scope).user("nobody", "right").connect().await);
         auth_failed(builder(scope).connect().await);
@@ -58,6 +60,7 @@ async fn without_the_right_password_nobody_gets_a_session() {
         let client = Client::connect([scope.endpoint()], None).await.unwrap();
         auth_failed(Session::with_client(client).await);
         assert!(begin.elapsed() < Duration::from_secs(5), "a refusal needs no second try");
+        assert_eq!(revision().await, before, "something was written");
         let session = connect(scope, builder(scope).user("alice", "right")).await;
         Mutex::new(&session, scope.name()).unwrap().lock().await.unwrap().unlock().await.unwrap();
         session.close().await.unwrap();

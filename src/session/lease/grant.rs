@@ -198,12 +198,13 @@ impl Keeper {
         i64::try_from(bits).ok().and_then(NonZeroI64::new).unwrap_or(NonZeroI64::MIN.saturating_abs())
     }
 
-    /// Revokes a lease until etcd says that it is gone; when `closing`, for no longer than it would live.
+    /// Revokes a lease until etcd says that it is gone; when `closing`, until etcd refuses, and for no longer than it would
+    /// live.
     pub(super) fn revoke(&self, lease: NonZeroI64, closing: bool) -> impl Future<Output = ()> + Send + use<> {
         let (transport, limit, id) = (self.transport.clone(), self.options.ttl, lease.get());
         let revoke = async move {
             let rpc = &transport.keepalives.rpc;
-            let mut backoff = Backoff::of_requests();
+            let (mut backoff, mut refusals) = (Backoff::of_requests(), Backoff::of_refusals());
             loop {
                 let revoke = || {
                     let call = move |client: &Client| {
@@ -214,10 +215,12 @@ impl Keeper {
                 };
                 match answer(rpc, revoke).await.0 {
                     Ok(_) | Err(Failure::LeaseGone(_)) => return,
-                    Err(Failure::Refused(error)) => {
+                    Err(Failure::Refused(error)) if closing => {
                         tracing::warn!(%error, "the lease cannot be revoked; it will expire");
                         return;
                     }
+                    // Nobody renews it, so it will be gone; what is on it is in the way of the next generation as long.
+                    Err(Failure::Refused(_)) => refusals.wait(&rpc.runtime).await,
                     Err(_) => backoff.wait(&rpc.runtime).await,
                 }
             }
