@@ -3,6 +3,7 @@
 mod observer;
 mod operation;
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use etcd_client::Client;
@@ -36,10 +37,11 @@ async fn compare(seed: u64, operations: usize) {
     let mut ours = Side::new(embedded.client().await.unwrap()).await;
     let mut random = fastrand::Rng::with_seed(seed);
     let (mut revision, mut compacted) = (1, 0);
+    let mut without_prev = BTreeSet::new();
     for number in 0..operations {
         let operation = Operation::random(&mut random, revision);
         if operation.needs_quiet() {
-            same_events(seed, number, &events(&mut real, &mut ours, compacted).await);
+            same_events(seed, number, &events(&mut real, &mut ours, compacted).await, &mut without_prev);
             if matches!(operation, Operation::Compact(_)) {
                 real.observer.cancel_all().await;
                 ours.observer.cancel_all().await;
@@ -55,7 +57,8 @@ async fn compare(seed: u64, operations: usize) {
         revision = answer.revision.max(revision);
         same(seed, number, &operation, &(theirs, answer));
     }
-    same_events(seed, operations, &events(&mut real, &mut ours, compacted).await);
+    same_events(seed, operations, &events(&mut real, &mut ours, compacted).await, &mut without_prev);
+    assert!(without_prev.len() <= 1, "seed {seed}: etcd told nothing of what was before to {without_prev:?}");
 }
 
 /// What both sides were told since the last time.
@@ -87,12 +90,27 @@ fn same<T: Debug + PartialEq>(seed: u64, number: usize, operation: &impl Debug, 
 }
 
 /// The same, watch by watch, so that a failure shows one event and not all.
-fn same_events(seed: u64, number: usize, (real, embedded): &(observer::Told, observer::Told)) {
+///
+/// etcd notes that a watch wants to know what was before only after it has made it, so one that starts in the past may be
+/// told of it without, when the loop that serves those comes between. That is rare: `without_prev` has such watches.
+fn same_events(
+    seed: u64,
+    number: usize,
+    (real, embedded): &(observer::Told, observer::Told),
+    without_prev: &mut BTreeSet<i64>,
+) {
     for (id, theirs) in real {
         let ours = embedded.get(id).map_or(&[][..], Vec::as_slice);
         for at in 0..theirs.len().max(ours.len()) {
             let what = format!("event {at} of watch {id}");
-            same(seed, number, &what, &(theirs.get(at), ours.get(at)));
+            let (theirs, ours) = (theirs.get(at), ours.get(at));
+            let told =
+                theirs.zip(ours).and_then(|(theirs, ours)| ours.strip_prefix(theirs.strip_suffix("None")?));
+            if told.is_some_and(|prev| prev.starts_with("Some")) {
+                without_prev.insert(*id);
+                continue;
+            }
+            same(seed, number, &what, &(theirs, ours));
         }
     }
     let unknown: Vec<_> = embedded.keys().filter(|id| !real.contains_key(id)).collect();

@@ -6,9 +6,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::check::{eventually, scoped};
-use crate::support::etcd;
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::PATIENCE;
+use crate::support::{background, etcd};
 
 const SHORT: Duration = Duration::from_millis(150);
 
@@ -122,6 +122,34 @@ async fn holes_swallow_one_way_or_both() {
         let mut client = connect(&proxy).await;
         let (mut server, _) = listener.accept().await.unwrap();
         passes(&mut client, &mut server).await;
+    }
+}
+
+/// A protocol would take what comes after it for whole.
+#[tokio::test]
+async fn nothing_comes_after_a_hole() {
+    for _ in 0..200 {
+        let (_listener, proxy, mut client, mut server) = connected().await;
+        let flood = background().spawn(async move {
+            for number in 0u32.. {
+                if server.write_all(&number.to_be_bytes()).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let read = background().spawn(async move {
+            let mut bytes = Vec::new();
+            // Until it is reset.
+            let _ = client.read_to_end(&mut bytes).await;
+            bytes
+        });
+        proxy.set(Mode::HoleToClient).await;
+        proxy.set(Mode::Drop).await;
+        let bytes = tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap();
+        let (numbers, _) = bytes.as_chunks::<4>();
+        let gap = (0u32..).zip(numbers).find(|(expected, number)| expected.to_be_bytes() != **number);
+        assert!(gap.is_none(), "not {gap:?}");
+        flood.await.unwrap();
     }
 }
 

@@ -148,16 +148,17 @@ impl Control {
                 order = inbox.recv() => {
                     let Some((order, done)) = order else { return self.reset_all().await };
                     if let Order::Mode(mode) = order {
-                        let before = self.mode.send_replace(mode);
                         match mode {
                             Mode::Refuse => listener = None,
                             _ if listener.is_none() => listener = Some(self.listen().await),
                             _ => {}
                         }
-                        let leaves_hole = before.is_hole() && !mode.is_hole();
+                        let leaves_hole = self.mode.borrow().is_hole() && !mode.is_hole();
+                        // Before the mode changes, or what comes after a hole would pass.
                         if leaves_hole || matches!(mode, Mode::Refuse | Mode::Drop) {
                             self.reset_all().await;
                         }
+                        self.mode.send_replace(mode);
                     } else {
                         self.reset_all().await;
                     }
