@@ -103,7 +103,7 @@ struct Shared {
     bound: Option<i64>,
     max_attempts: Option<u32>,
     time_limit: Option<Duration>,
-    once: Expiring,
+    once: Arc<Expiring>,
     /// Started when it is needed first.
     consumer: OnceLock<Consumer>,
 }

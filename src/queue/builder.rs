@@ -83,7 +83,7 @@ impl QueueBuilder {
             bound: self.bound.map(i64::from),
             max_attempts: self.max_attempts,
             time_limit: self.time_limit,
-            once: Expiring::new(self.once_window),
+            once: Arc::new(Expiring::new(self.once_window)),
             consumer: OnceLock::new(),
         };
         Ok(Queue { session: self.session, shared: Arc::new(shared) })

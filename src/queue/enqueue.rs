@@ -49,7 +49,7 @@ pub(super) async fn put(
     session: &Session,
     keys: &Arc<Keys>,
     values: Vec<Vec<u8>>,
-    once: Option<(&[u8], &Expiring)>,
+    once: Option<(&[u8], &Arc<Expiring>)>,
     bound: Option<i64>,
 ) -> Result<Put> {
     if values.len() > MAX_BATCH {

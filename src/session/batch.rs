@@ -145,7 +145,7 @@ async fn put(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>) ->
     let write = Write { core: core.clone(), generation: generation.clone(), key, body, bytes };
     let mut slot = generation.slots.take();
     let mut unanswered = false;
-    let mut backoff = Backoff::of_requests();
+    let (mut backoff, mut refusals) = (Backoff::of_requests(), Backoff::of_refusals());
     let done = loop {
         if !generation.is_alive() {
             return Ok(all(ops, || Outcome::Ended));
@@ -162,22 +162,24 @@ async fn put(core: &Arc<Core>, generation: &Arc<Generation>, ops: &Arc<[Op]>) ->
                 generation.end();
                 return Ok(all(ops, || Outcome::Ended));
             }
-            Err(Failure::Refused(error)) if !unanswered && error.may_pass() => {
-                core.runtime.spawn(write.refused(slot, drop));
+            Err(Failure::Refused(error)) if !unanswered => {
+                if error.may_pass() {
+                    write.keep_in_mind(slot, drop);
+                } else {
+                    generation.slots.give_back(slot);
+                }
                 return Err(error);
             }
-            Err(Failure::Refused(error)) => {
-                // An earlier attempt may have been applied, or may be yet.
-                let fenced = if unanswered { write.fence(&mut slot).await } else { Fenced::Never };
-                match fenced {
-                    Fenced::Applied(done) => break done,
-                    Fenced::Never => {
-                        generation.slots.give_back(slot);
-                        return Err(error);
-                    }
-                    Fenced::Ended => return Ok(all(ops, || Outcome::Ended)),
+            // An earlier attempt may have been applied, or may be yet.
+            Err(Failure::Refused(error)) => match write.fence(&mut slot).await {
+                Some(Fenced::Applied(done)) => break done,
+                Some(Fenced::Never) => {
+                    generation.slots.give_back(slot);
+                    return Err(error);
                 }
-            }
+                Some(Fenced::Ended) => return Ok(all(ops, || Outcome::Ended)),
+                None => refusals.wait(&core.runtime).await,
+            },
             Err(failure) => {
                 unanswered |= failure.is_unanswered();
                 backoff.wait(&core.runtime).await;

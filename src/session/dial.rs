@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 const PING_EVERY: Duration = Duration::from_secs(10);
 /// All of connecting, with the lookup of the name and TLS, is given up after this long. Not as short as the limit for an
 /// address: a slow lookup would be thrown away each time.
-const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// A connection is given up when a ping is not answered for this long.
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -110,6 +110,7 @@ impl Dial {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(self.timeout));
         let channel = endpoint.connect_with_connector_lazy(connector.map_response(OneBuffer));
+        // Tokens are renewed by the session, which does it once for all who wait, and not again and again.
         Client::from_channel(Channel::Tonic(channel), Some(self.options())).await
     }
 
@@ -117,6 +118,7 @@ impl Dial {
     pub(crate) async fn all(&self, addresses: &[String]) -> Result<Client, etcd_client::Error> {
         let options = self
             .options()
+            .with_auto_token_refresh(true)
             .with_connect_timeout(self.timeout)
             .with_keep_alive(PING_EVERY, PING_TIMEOUT)
             .with_keep_alive_while_idle(false);
@@ -129,7 +131,7 @@ impl Dial {
     }
 
     fn options(&self) -> ConnectOptions {
-        let options = ConnectOptions::new().with_require_leader(true).with_auto_token_refresh(true);
+        let options = ConnectOptions::new().with_require_leader(true);
         match &self.user {
             Some((name, password)) => options.with_user(name, password),
             None => options,
@@ -184,7 +186,7 @@ impl<T: Write + Unpin> Write for OneBuffer<T> {
 /// what those ask goes out together. Otherwise tokio's scheduler of several threads runs the connection right after each
 /// request, and every one costs a system call at both ends: a tenth of all that a lock costs its process.
 struct Gather {
-    /// That of the session: whoever makes the first request may do so from another, which may end before.
+    /// That of the session. Whoever makes the first request may do so in another runtime, which may end before.
     runtime: Arc<Runtime>,
     under_way: Arc<AtomicUsize>,
 }

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{Client, KvClient};
-use tokio::sync::{Mutex as AsyncMutex, OnceCell};
+use tokio::sync::{OnceCell, oneshot};
 use tokio::time::Instant;
-use tonic::Status;
 
-use super::dial::Dial;
+use super::dial::{CONNECT_LIMIT, Dial};
+use super::login::{LoggedIn, Logins};
 use super::runtime::{Backoff, Runtime};
 
 /// The largest answer, in bytes. etcd's own have no limit, and the client's default is 4 MiB.
@@ -24,10 +24,10 @@ const IDLE: usize = 64;
 /// A set of connections. A session has two: one for requests and watches, one for keepalives, so that a burst of data
 /// on the first cannot delay the second.
 pub(crate) struct Endpoints {
-    members: Vec<Member>,
+    members: Vec<Arc<Member>>,
     current: AtomicUsize,
     /// How connections are made, and where they run; `None` for a client that the user made.
-    dial: Option<(Dial, Arc<Runtime>)>,
+    dial: Option<(Arc<Dial>, Arc<Runtime>)>,
 }
 
 struct Member {
@@ -37,42 +37,8 @@ struct Member {
     idle: Mutex<Idle>,
     /// How many transactions and reads are on their way or being answered.
     under_way: Arc<AtomicUsize>,
-    /// Whoever renews the token of the client has it.
-    login: AsyncMutex<Option<Login>>,
+    logins: Arc<Logins>,
 }
-
-/// The last time that another token was asked for.
-struct Login {
-    at: Instant,
-    outcome: LoggedIn,
-}
-
-/// What came of asking for another token.
-#[derive(Debug, Clone)]
-pub(crate) enum LoggedIn {
-    Yes,
-    /// etcd did not answer, or not now.
-    No,
-    /// The password is wrong, or not that of before any more.
-    Refused(Status),
-}
-
-impl LoggedIn {
-    fn of(error: etcd_client::Error) -> Self {
-        match error {
-            etcd_client::Error::GRpcStatus(status) if status.message() == WRONG_PASSWORD => {
-                Self::Refused(status)
-            }
-            _ => Self::No,
-        }
-    }
-}
-
-/// What etcd says then.
-const WRONG_PASSWORD: &str = "etcdserver: authentication failed, invalid user ID or password";
-
-/// After a token was asked for, the next is not for this long: each costs etcd much.
-const LOGIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Boxed, because a client is moved about, and large.
 type Idle = Vec<Box<KvClient>>;
@@ -82,7 +48,7 @@ impl Endpoints {
     pub(crate) fn dial(names: &[String], dial: Dial, runtime: Arc<Runtime>) -> Self {
         let member = |name: &String| Member::new(name.clone(), OnceCell::new());
         let members = names.iter().map(member).collect();
-        Self { members, current: AtomicUsize::new(0), dial: Some((dial, runtime)) }
+        Self { members, current: AtomicUsize::new(0), dial: Some((Arc::new(dial), runtime)) }
     }
 
     /// The one client that the user made; which member it talks to is its own affair.
@@ -114,31 +80,24 @@ impl Endpoints {
     /// The client of member `index`. The first call may log in; the caller bounds its time.
     pub(crate) async fn client(&self, index: usize) -> Result<&Client, etcd_client::Error> {
         let member = self.member(index);
-        // Boxed, because it is large and rarely runs, and every request's future contains it.
-        let connect = || Box::pin(self.connect(member));
-        member.client.get_or_try_init(connect).await
+        if member.client.get().is_none() {
+            // Boxed, because it is large and rarely runs, and every request's future contains it.
+            Box::pin(self.connect(member)).await?;
+        }
+        member.client.get().ok_or_else(no_client)
     }
 
-    /// Renews the token that member `index` refused to a request begun at `begun`: the client does so by itself only for
-    /// some of the errors that ask for it. If it could, the request may be made again at once. All that ask while there is a
-    /// pause get the same token after it.
-    pub(crate) async fn renew_token(&self, index: usize, begun: Instant, limit: Duration) -> LoggedIn {
-        let mut login = self.member(index).login.lock().await;
-        if let Some(Login { at, outcome }) = &*login {
-            if *at > begun {
-                return outcome.clone();
-            }
-            tokio::time::sleep_until(*at + LOGIN_PAUSE).await;
-        }
-        // The caller may give up meanwhile.
-        *login = Some(Login { at: Instant::now(), outcome: LoggedIn::No });
-        let renew = async { self.client(index).await?.refresh_token().await };
-        let outcome = match tokio::time::timeout(limit, renew).await {
-            Ok(Ok(())) => LoggedIn::Yes,
-            Ok(Err(error)) => LoggedIn::of(error),
-            Err(_) => LoggedIn::No,
-        };
-        *login = Some(Login { at: Instant::now(), outcome: outcome.clone() });
+    /// Renews the token that member `index` refused to a request begun at `begun`. After that it may be made again at once.
+    pub(crate) async fn renew_token(
+        &self,
+        index: usize,
+        begun: Instant,
+        limit: Duration,
+        runtime: &Runtime,
+    ) -> LoggedIn {
+        let member = self.member(index);
+        let Some(client) = member.client.get() else { return LoggedIn::No };
+        let outcome = member.logins.after(begun, client, limit, runtime).await;
         if matches!(outcome, LoggedIn::No) {
             self.avoid(index);
         }
@@ -164,15 +123,23 @@ impl Endpoints {
         self.member(index).under_way.load(Ordering::Relaxed)
     }
 
-    fn member(&self, index: usize) -> &Member {
+    fn member(&self, index: usize) -> &Arc<Member> {
         &self.members[index % self.members.len()]
     }
 
-    async fn connect(&self, member: &Member) -> Result<Client, etcd_client::Error> {
+    /// Connects in a task: whoever asks first may not be polled any more, and others wait as well.
+    async fn connect(&self, member: &Arc<Member>) -> Result<(), etcd_client::Error> {
         // A client that the user made is there from the beginning.
-        let no_client = || etcd_client::Error::InvalidArgs("no client".into());
         let (dial, runtime) = self.dial.as_ref().ok_or_else(no_client)?;
-        dial.member(&member.name, runtime.clone(), member.under_way.clone()).await
+        let (answer, answered) = oneshot::channel();
+        let (dial, member, in_runtime) = (dial.clone(), member.clone(), runtime.clone());
+        runtime.spawn_connection(async move {
+            let connect = || dial.member(&member.name, in_runtime, member.under_way.clone());
+            let connected = tokio::time::timeout(CONNECT_LIMIT, member.client.get_or_try_init(connect)).await;
+            let connected = connected.unwrap_or_else(|_| Err(no_client()));
+            let _ = answer.send(connected.map(|_| ()));
+        });
+        answered.await.unwrap_or_else(|_| Err(no_client()))
     }
 
     /// A client for the user's own requests, over all members. It may have to log in, and a member may be dead, so it
@@ -191,6 +158,11 @@ impl Endpoints {
             backoff.wait(runtime).await;
         }
     }
+}
+
+/// No connection can be made, or none in time.
+fn no_client() -> etcd_client::Error {
+    etcd_client::Error::IoError(std::io::ErrorKind::NotConnected.into())
 }
 
 /// A request to one member.
@@ -221,8 +193,9 @@ impl Drop for UnderWay<'_> {
 }
 
 impl Member {
-    fn new(name: String, client: OnceCell<Client>) -> Self {
-        Self { name, client, idle: Mutex::default(), under_way: Arc::default(), login: AsyncMutex::default() }
+    fn new(name: String, client: OnceCell<Client>) -> Arc<Self> {
+        let (idle, under_way, logins) = (Mutex::default(), Arc::default(), Arc::default());
+        Arc::new(Self { name, client, idle, under_way, logins })
     }
 
     fn idle(&self) -> MutexGuard<'_, Idle> {

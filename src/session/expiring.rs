@@ -3,6 +3,7 @@
 //! Records of one period share a lease, and the next period has another, so each lives for at least the time asked for
 //! and at most half as long again.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, LeaseGrantOptions};
@@ -32,7 +33,13 @@ impl Expiring {
     /// # Cancel safety
     ///
     /// When dropped, a lease without keys may be left, which expires.
-    pub(crate) async fn lease(&self, core: &Core) -> Result<i64> {
+    pub(crate) async fn lease(self: &Arc<Self>, core: &Arc<Core>) -> Result<i64> {
+        // In a task: a caller that is not polled any more is not to keep the others waiting.
+        let (leases, core) = (self.clone(), core.clone());
+        core.clone().to_the_end(async move { leases.lease_now(&core).await }).await
+    }
+
+    async fn lease_now(&self, core: &Core) -> Result<i64> {
         let mut current = self.current.lock().await;
         let mut backoff = Backoff::of_requests();
         loop {

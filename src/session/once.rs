@@ -11,6 +11,7 @@ use etcd_client::{PutOptions, Txn, TxnOp};
 use tokio::sync::oneshot;
 
 use super::generation::Generation;
+use super::refused::Refused;
 use super::rpc::{Failure, RangeAnswer, revision};
 use super::runtime::Backoff;
 use super::slots::{Slot, Step};
@@ -94,15 +95,16 @@ impl Core {
     {
         let (answer, answered) = oneshot::channel();
         let slot = generation.slots.take();
-        let (core, generation, key) = (self.clone(), generation.clone(), key.to_vec());
-        let write = Write { core, generation, key, body, bytes: 0 };
+        let mut write =
+            Write { core: self.clone(), generation: generation.clone(), key: key.to_vec(), body, bytes: 0 };
         match write.check(&slot) {
-            Ok(bytes) => self.runtime.spawn(Write { bytes, ..write }.run(slot, settle, answer)),
+            Ok(bytes) => write.bytes = bytes,
             Err(error) => {
-                write.generation.slots.give_back(slot);
+                generation.slots.give_back(slot);
                 return Err(error);
             }
         }
+        self.runtime.spawn(write.run(slot, settle, answer));
         // The task ends without an answer only when its runtime does.
         answered.await.unwrap_or(Err(Error::Closed))
     }
@@ -161,25 +163,29 @@ where
                 Ok(None) => {}
                 // Some lease in the transaction does not exist. It is ours if the slot cannot be moved either.
                 Err(Failure::LeaseGone(source)) => match self.fence(&mut slot).await {
-                    Fenced::Applied(done) => break Ok(done),
-                    Fenced::Never => break Err(Error::Etcd { key: name::display(&self.key), source }),
-                    Fenced::Ended => break Err(self.ended(unanswered)),
+                    Some(Fenced::Applied(done)) => break Ok(done),
+                    Some(Fenced::Never) => break Err(Error::Etcd { key: name::display(&self.key), source }),
+                    Some(Fenced::Ended) => break Err(self.ended(unanswered)),
+                    None => {
+                        let _ = answer.send(Err(self.ended(true)));
+                        return self.keep_in_mind(slot, settle);
+                    }
                 },
                 Err(Failure::Refused(error)) if !unanswered && error.may_pass() => {
                     let _ = answer.send(Err(error));
-                    return self.refused(slot, settle).await;
+                    return self.keep_in_mind(slot, settle);
                 }
                 Err(Failure::Refused(error)) if !unanswered => break Err(error),
-                // Without space the slot cannot be moved, so it stays open what an earlier attempt does.
-                Err(Failure::Refused(Error::NoSpace { .. })) => {
-                    let _ = answer.send(Err(self.ended(true)));
-                    return self.give_up(slot, settle).await;
-                }
                 // An earlier attempt may have been applied, or may be yet.
                 Err(Failure::Refused(error)) => match self.fence(&mut slot).await {
-                    Fenced::Applied(done) => break Ok(done),
-                    Fenced::Never => break Err(error),
-                    Fenced::Ended => break Err(self.ended(true)),
+                    Some(Fenced::Applied(done)) => break Ok(done),
+                    Some(Fenced::Never) => break Err(error),
+                    Some(Fenced::Ended) => break Err(self.ended(true)),
+                    // Nobody knows as long as the slot cannot be moved either.
+                    None => {
+                        let _ = answer.send(Err(self.ended(true)));
+                        return self.keep_in_mind(slot, settle);
+                    }
                 },
                 Err(failure) => {
                     unanswered |= failure.is_unanswered();
@@ -223,65 +229,29 @@ where
     }
 
     /// Sees to it that no attempt made so far is applied from now on; what was applied before is settled and dropped.
-    async fn give_up<T>(self, mut slot: Slot, settle: impl FnOnce(Done) -> T) {
+    async fn give_up<T>(self, mut slot: Slot, settle: impl FnOnce(Done) -> T + Send + 'static) {
         match self.fence(&mut slot).await {
-            Fenced::Ended => return,
-            Fenced::Applied(done) => drop(settle(done)),
-            Fenced::Never => {}
+            Some(Fenced::Ended) => return,
+            Some(Fenced::Applied(done)) => drop(settle(done)),
+            Some(Fenced::Never) => {}
+            None => return self.keep_in_mind(slot, settle),
         }
         self.generation.slots.give_back(slot);
     }
 
-    /// The same after a refusal: none was applied, but a copy might be, when the reason is gone.
-    pub(super) async fn refused<T>(self, slot: Slot, settle: impl FnOnce(Done) -> T) {
-        let room = self.generation.slots.refusals().room();
-        if room.is_some() {
-            self.give_up(slot, settle).await;
-        }
+    /// The same as soon as etcd accepts it.
+    pub(super) fn keep_in_mind<T>(&self, slot: Slot, settle: impl FnOnce(Done) -> T + Send + 'static) {
+        let generation = self.generation.clone();
+        self.core.refused(&self.generation, GivenUp { slot, settle, generation });
     }
 
-    /// Moves the slot, so that no attempt made so far is applied from now on. Tells whether one was.
-    pub(super) async fn fence(&self, slot: &mut Slot) -> Fenced {
-        let refusals = self.generation.slots.refusals();
-        let (mut backoff, mut turn) = (Backoff::of_requests(), refusals.turn());
+    /// Moves the slot, so that no attempt made so far is applied from now on. Tells whether one was; `None` if etcd refuses.
+    pub(super) async fn fence(&self, slot: &mut Slot) -> Option<Fenced> {
+        let mut backoff = Backoff::of_requests();
         loop {
-            let step = self.step(slot);
-            let txn = Txn::new().when(step.compares()).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
-            let attempt = tokio::select! {
-                biased;
-                // The lease goes, and with it every late copy.
-                () = self.generation.ended() => return Fenced::Ended,
-                attempt = self.core.rpc.txn(&self.key, txn) => attempt,
-            };
-            match attempt {
-                Ok(response) if response.succeeded() => {
-                    slot.revision = revision(response.header());
-                    return Fenced::Never;
-                }
-                Ok(response) => {
-                    let (revision, record) = moved_to(&step, &response.0, 0);
-                    // Only its lease takes a slot away.
-                    if revision == 0 {
-                        self.generation.end();
-                        return Fenced::Ended;
-                    }
-                    slot.revision = revision;
-                    // Moved by an attempt, or by an earlier copy of this.
-                    return if record == GIVEN_UP {
-                        Fenced::Never
-                    } else {
-                        Fenced::Applied(Done { revision, record, answer: None })
-                    };
-                }
-                Err(Failure::LeaseGone(_)) => {
-                    self.generation.end();
-                    return Fenced::Ended;
-                }
-                Err(Failure::Refused(_)) => tokio::select! {
-                    biased;
-                    () = self.generation.ended() => return Fenced::Ended,
-                    () = turn.wait(&self.core.runtime) => {}
-                },
+            match fence(&self.core, &self.generation, &self.key, slot).await {
+                Ok(fenced) => return Some(fenced),
+                Err(Failure::Refused(_)) => return None,
                 Err(_) => backoff.wait(&self.core.runtime).await,
             }
         }
@@ -296,6 +266,64 @@ where
         let key = name::display(&self.key);
         if unanswered { Error::OutcomeUnknown { key } } else { Error::Lost { key } }
     }
+}
+
+/// A write that was given up, and its slot cannot be moved yet.
+struct GivenUp<S> {
+    slot: Slot,
+    settle: S,
+    generation: Arc<Generation>,
+}
+
+impl<T, S: FnOnce(Done) -> T + Send> Refused for GivenUp<S> {
+    fn slot(&mut self) -> &mut Slot {
+        &mut self.slot
+    }
+
+    fn fenced(self: Box<Self>, done: Option<Done>) {
+        drop(done.map(self.settle));
+        self.generation.slots.give_back(self.slot);
+    }
+}
+
+/// Moves a slot, so that no attempt made so far is applied from now on. Tells whether one was. `key` is what an error speaks
+/// of.
+pub(super) async fn fence(
+    core: &Core,
+    generation: &Generation,
+    key: &[u8],
+    slot: &mut Slot,
+) -> Result<Fenced, Failure> {
+    let step = slot.step(&core.namespace, generation.lease.get());
+    let txn = Txn::new().when(step.compares()).and_then([step.put(GIVEN_UP)]).or_else([step.get()]);
+    let attempt = tokio::select! {
+        biased;
+        // The lease goes, and with it every late copy.
+        () = generation.ended() => return Ok(Fenced::Ended),
+        attempt = core.rpc.txn(key, txn) => attempt,
+    };
+    let response = match attempt {
+        Ok(response) => response,
+        Err(Failure::LeaseGone(_)) => {
+            generation.end();
+            return Ok(Fenced::Ended);
+        }
+        Err(failure) => return Err(failure),
+    };
+    if response.succeeded() {
+        slot.revision = revision(response.header());
+        return Ok(Fenced::Never);
+    }
+    let (revision, record) = moved_to(&step, &response.0, 0);
+    // Only its lease takes a slot away.
+    if revision == 0 {
+        generation.end();
+        return Ok(Fenced::Ended);
+    }
+    slot.revision = revision;
+    // Moved by an attempt, or by an earlier copy of this.
+    let never = record == GIVEN_UP;
+    Ok(if never { Fenced::Never } else { Fenced::Applied(Done { revision, record, answer: None }) })
 }
 
 /// The revision and the record of the slot, as operation `index` of an answer reads them.

@@ -88,8 +88,8 @@ impl OwnedKey {
         deleted
     }
 
-    /// The same, or tells at once what etcd refuses. Then, too, the deletion goes on in the background.
-    pub(crate) async fn delete_or_tell(mut self, then: Vec<TxnOp>) -> Result<Deleted> {
+    /// The same once, or tells at once what etcd refuses. Then the key is still there.
+    pub(crate) async fn delete_or_tell(&mut self, then: Vec<TxnOp>) -> Result<Deleted> {
         let deleted = self.facts.delete(&then, &mut false).await?;
         self.released = true;
         Ok(deleted)
@@ -148,7 +148,11 @@ impl Owned {
                 Ok(deleted) => return deleted,
                 Err(error) => {
                     tracing::warn!(key = %name::display(&self.key), %error, "cannot delete; trying again");
-                    backoff.wait(&self.core.runtime).await;
+                    tokio::select! {
+                        biased;
+                        () = self.generation.ended() => {}
+                        () = backoff.wait(&self.core.runtime) => {}
+                    }
                 }
             }
         }

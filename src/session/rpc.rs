@@ -14,7 +14,8 @@ use etcd_client::{Client, GetOptions, GetResponse, KeyValue, ResponseHeader, Txn
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::endpoints::{Endpoints, LoggedIn};
+use super::endpoints::Endpoints;
+use super::login::LoggedIn;
 use super::runtime::{Backoff, Runtime};
 use crate::error::{Error, Result};
 use crate::name;
@@ -22,8 +23,9 @@ use crate::name;
 /// How long a read for the caller is tried before it fails as unreachable.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a byte may take: with this, a request at etcd's limit may take some 15 s.
-const SLOWEST: Duration = Duration::from_micros(10);
+/// What each byte adds to the longest time of an attempt. With this, one at etcd's limit may take some 15 s, and a member
+/// that is silent is not given up earlier.
+const PER_BYTE: Duration = Duration::from_micros(10);
 
 /// Why an attempt has no answer to use.
 #[derive(Debug)]
@@ -91,7 +93,7 @@ impl Rpc {
         key: &[u8],
         mut txn: Txn,
     ) -> Result<TxnResponse, Failure> {
-        let limit = self.timeout + SLOWEST * u32::try_from(bytes).unwrap_or(u32::MAX);
+        let limit = self.timeout + PER_BYTE * u32::try_from(bytes).unwrap_or(u32::MAX);
         let mut again = self.has_user.then(|| Box::new(txn.clone()));
         loop {
             let (member, begun) = (self.endpoints.current(), Instant::now());
@@ -212,11 +214,10 @@ impl Rpc {
             if !self.has_user {
                 return Ok(false);
             }
-            match self.endpoints.renew_token(member, begun, self.timeout).await {
+            match self.endpoints.renew_token(member, begun, self.timeout, &self.runtime).await {
                 LoggedIn::Yes => Ok(true),
                 LoggedIn::No => Ok(false),
                 LoggedIn::Refused(status) => {
-                    tracing::warn!("etcd does not accept the password any more");
                     let source = etcd_client::Error::GRpcStatus(status);
                     Err(Failure::Refused(Error::AuthFailed { source }))
                 }

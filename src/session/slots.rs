@@ -7,11 +7,9 @@
 //! last `mod_revision` and writes the slot. The first copy to be applied moves the slot; every other finds it moved
 //! and does nothing, for ever, since revisions never come back. A copy that finds a condition of the operation broken
 //! moves the slot as well, or another would be applied when the condition holds. An operation that is given up moves the
-//! slot itself, in the transaction that deletes its key, which compares the slot as well. Slots are bookkeeping keys on
-//! the lease, used again and again; their cost is one more put in a transaction that is sent anyway.
-//!
-//! An operation that etcd refuses, for want of permission or space, moves its slot as soon as it is let: a copy might come
-//! when the reason is gone.
+//! slot itself, and then deletes the key if an attempt had moved it before. One that etcd refuses does so as soon as etcd
+//! accepts that (see [`refused`](super::refused)). Slots are bookkeeping keys on the lease, used again and again; their cost
+//! is one more put in a transaction that is sent anyway.
 //!
 //! A deletion compares the key's create revision, so copies of it are harmless by themselves.
 //!
@@ -24,13 +22,12 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
-use tokio::sync::{Mutex as AsyncMutex, MutexGuard, OwnedSemaphorePermit, Semaphore};
 
+use super::refused::Refusals;
 use super::rpc::KeyFacts;
-use super::runtime::{Backoff, Runtime};
 use crate::name;
 
 /// The op slots of one generation: as many as operations were ever under way at once.
@@ -40,8 +37,8 @@ pub(crate) struct Slots {
     made: AtomicU32,
     /// The create revision of slot 0.
     first: i64,
-    /// Made with the first refusal, since most generations see none.
-    refusals: OnceLock<Arc<Refusals>>,
+    /// Those of operations that were refused.
+    pub(super) refused: Refusals,
 }
 
 /// One op slot: the right to do one operation that must not be done twice.
@@ -57,7 +54,7 @@ impl Slots {
     /// Slot 0 was put at the revision `first`; 0 if it was not, because the session may not write.
     pub(crate) fn new(first: i64) -> Self {
         let free = if first == 0 { Vec::new() } else { vec![Slot { index: 0, revision: first, first }] };
-        Self { free: Mutex::new(free), made: AtomicU32::new(1), first, refusals: OnceLock::new() }
+        Self { free: Mutex::new(free), made: AtomicU32::new(1), first, refused: Refusals::default() }
     }
 
     /// A transaction that puts slot 0, or tells its create revision.
@@ -75,10 +72,6 @@ impl Slots {
     pub(crate) fn give_back(&self, slot: Slot) {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
     }
-
-    pub(crate) fn refusals(&self) -> Arc<Refusals> {
-        self.refusals.get_or_init(Arc::default).clone()
-    }
 }
 
 impl Slot {
@@ -88,60 +81,6 @@ impl Slot {
         let first = first.filter(|(_, created)| *created != 0);
         let created = (self.index == 0 && self.first != 0).then_some(self.first);
         Step { key: name::slot(namespace, lease, self.index), lease, seen: self.revision, first, created }
-    }
-}
-
-/// Operations that etcd refused and may accept later. Each tries to move its slot until it may; they take turns, so that
-/// all of them together ask no more often than one.
-#[derive(Debug)]
-pub(crate) struct Refusals {
-    turn: AsyncMutex<()>,
-    room: Arc<Semaphore>,
-}
-
-/// How many refused operations are kept in mind. The slots of more are never used again.
-const REFUSED: usize = 64;
-
-impl Default for Refusals {
-    fn default() -> Self {
-        Self { turn: AsyncMutex::default(), room: Arc::new(Semaphore::new(REFUSED)) }
-    }
-}
-
-impl Refusals {
-    /// Room to keep one more in mind, if there is any.
-    pub(crate) fn room(&self) -> Option<OwnedSemaphorePermit> {
-        self.room.clone().try_acquire_owned().ok()
-    }
-
-    pub(crate) fn turn(&self) -> Turn<'_> {
-        Turn { refusals: self, turn: None, backoff: Backoff::of_refusals() }
-    }
-}
-
-/// Whose turn it is to try again; the next has it when this is dropped.
-pub(crate) struct Turn<'a> {
-    refusals: &'a Refusals,
-    turn: Option<MutexGuard<'a, ()>>,
-    backoff: Backoff,
-}
-
-impl Turn<'_> {
-    /// Waits after a refusal.
-    pub(crate) async fn wait(&mut self, runtime: &Runtime) {
-        if self.turn.is_none() {
-            let free = self.refusals.turn.try_lock().ok();
-            let waits = free.is_none();
-            self.turn = Some(match free {
-                Some(turn) => turn,
-                None => self.refusals.turn.lock().await,
-            });
-            if waits {
-                // Whoever had it before was let.
-                return;
-            }
-        }
-        self.backoff.wait(runtime).await;
     }
 }
 
@@ -218,6 +157,11 @@ impl Step {
 
     pub(crate) fn get(&self) -> TxnOp {
         TxnOp::get(self.key.clone(), None)
+    }
+
+    /// That of the slot.
+    pub(crate) fn key(&self) -> &[u8] {
+        &self.key
     }
 
     /// The revision of the slot that an answer shows; 0 if it is gone. A slot 0 of another create revision was put by a

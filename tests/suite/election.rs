@@ -7,8 +7,9 @@ use etcd_recipes::{Election, Error, Leadership, Session};
 use futures::StreamExt as _;
 
 use crate::support::check::{Scope, eventually, scoped};
+use crate::support::faults::{Fault, Faults};
 use crate::support::server::PATIENCE;
-use crate::support::sessions::{create_revision, generation, session, waits};
+use crate::support::sessions::{connect, create_revision, generation, session, waits};
 
 const SHORT: Duration = Duration::from_millis(200);
 
@@ -260,6 +261,28 @@ async fn a_leadership_resumed_after_a_proclamation_proclaims_on() {
         scope.client().delete(leadership.key(), None).await.unwrap();
         tokio::time::timeout(PATIENCE, lost).await.expect("the loss is noticed");
         drop(leadership);
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// As long as the key of a resignation that was refused is there, somebody is about to delete it.
+#[tokio::test]
+async fn a_leadership_that_is_being_given_up_is_not_taken_up_again() {
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let session = connect(scope, Session::builder_with_client(faults.client().await)).await;
+        let election = election(&session, scope);
+        let detached = election.campaign("0").await.unwrap().detach();
+        let leadership = election.resume(&detached).await.unwrap().expect("still ours");
+        let refused = tonic::Status::permission_denied("etcdserver: permission denied");
+        let refused = faults.on("Txn").containing(&detached.key).always().inject(Fault::FailWith(refused));
+        assert!(matches!(leadership.resign().await, Err(Error::PermissionDenied { .. })));
+        assert!(election.resume(&detached).await.unwrap().is_none());
+        assert!(refused.hits() > 0);
+        faults.clear();
+        eventually(PATIENCE, "it is given up", async || scope.keys().await.is_empty()).await;
+        assert!(election.resume(&detached).await.unwrap().is_none());
         session.close().await.unwrap();
     })
     .await;

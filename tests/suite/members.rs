@@ -29,6 +29,7 @@ enum Harm {
 }
 
 /// Rounds of each harm.
+#[track_caller]
 fn rounds(harm: Harm) -> usize {
     let few = match harm {
         Harm::AllRestarted => 1,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use etcd_recipes::{Election, Error, Mutex, Session, SessionState};
 
 use crate::support::check::{Scope, eventually, scoped, scoped_on};
+use crate::support::faults::{Fault, Faults};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::sessions::{connect, generation, owns, reaches, session};
@@ -247,6 +248,31 @@ async fn a_session_that_is_between_two_leases_closes_at_once() {
         closed.expect("not for ever").unwrap();
         assert!(matches!(waiting.await.unwrap(), Err(Error::Closed)));
         assert_eq!(session.state(), SessionState::Closed);
+    })
+    .await;
+}
+
+/// What is on a lost lease would be in the way of the next generation.
+#[tokio::test]
+async fn a_lost_lease_that_cannot_be_revoked_yet_holds_up_the_next() {
+    const TIMES: usize = 5;
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let client = faults.client().await;
+        let session = Session::builder_with_client(client).ttl(TTL).connect().await.unwrap();
+        let lease = owns(scope, &session);
+        let denied = tonic::Status::permission_denied("etcdserver: permission denied");
+        let denied = faults.on("LeaseRevoke").always().inject(Fault::FailWith(denied));
+        // It lives on at etcd, and the session hears that it is gone.
+        faults.on("LeaseKeepAlive").always().inject(Fault::FailBefore);
+        faults.end_streams("LeaseKeepAlive", tonic::Status::aborted("ended"));
+        reaches(&session, SessionState::Lost { generation: 1 }).await;
+        denied.hit(TIMES).await;
+        assert_eq!(faults.calls("LeaseGrant"), 1, "it has another lease while the lost one lives");
+        faults.clear();
+        generation(scope, &session, 2).await;
+        assert!(scope.client().lease_time_to_live(lease, None).await.unwrap().ttl() <= 0);
+        session.close().await.unwrap();
     })
     .await;
 }

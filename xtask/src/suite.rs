@@ -67,8 +67,8 @@ pub(crate) fn test(root: &Path, args: &TestArgs) -> Result<bool> {
     let shortened: BTreeSet<_> = shortened.lines().filter_map(|line| line.split_once('\t')).collect();
     if !shortened.is_empty() {
         println!("\nxtask: what had fewer rounds than with --full");
-        for (test, rounds) in shortened {
-            println!("  {rounds:24}  {test}");
+        for (place, rounds) in shortened {
+            println!("  {rounds:24}  {place}");
         }
     }
     Ok(results.iter().all(|(_, success)| *success))

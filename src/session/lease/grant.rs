@@ -204,7 +204,7 @@ impl Keeper {
         let (transport, limit, id) = (self.transport.clone(), self.options.ttl, lease.get());
         let revoke = async move {
             let rpc = &transport.keepalives.rpc;
-            let (mut backoff, mut refusals) = (Backoff::of_requests(), Backoff::of_refusals());
+            let (mut backoff, mut told) = (Backoff::of_requests(), false);
             loop {
                 let revoke = || {
                     let call = move |client: &Client| {
@@ -219,8 +219,13 @@ impl Keeper {
                         tracing::warn!(%error, "the lease cannot be revoked; it will expire");
                         return;
                     }
-                    // Nobody renews it, so it will be gone; what is on it is in the way of the next generation as long.
-                    Err(Failure::Refused(_)) => refusals.wait(&rpc.runtime).await,
+                    // Nobody renews it, so it will be gone. The next generation waits for that.
+                    Err(Failure::Refused(error)) => {
+                        if !std::mem::replace(&mut told, true) {
+                            tracing::warn!(%error, "the lost lease cannot be revoked; waiting until it expires");
+                        }
+                        backoff.wait(&rpc.runtime).await;
+                    }
                     Err(_) => backoff.wait(&rpc.runtime).await,
                 }
             }

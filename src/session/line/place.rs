@@ -12,6 +12,7 @@ use super::{FRONT, Line, Membership, Position};
 use crate::error::Result;
 use crate::session::owned_key::{Deleted, Owned, OwnedKey};
 use crate::session::rpc::RangeAnswer;
+use crate::session::runtime::Runtime;
 use crate::session::watch::{Event, News, Range, Subscription};
 use crate::session::{Core, Session};
 
@@ -29,13 +30,32 @@ pub(crate) struct Place {
 
 /// What is to be given back.
 struct Held {
-    key: OwnedKey,
-    membership: Membership,
+    hold: Hold,
     monitor: Monitoring,
     /// Tells the monitor that the deletion to come is our own.
     leaving: Arc<AtomicBool>,
     /// The line is being followed: it is contended.
     follows: bool,
+}
+
+/// The key, and the contender of the session that it stands for. When dropped, the key is deleted in the background, and
+/// the contender leaves after that: until then nobody can take the place up.
+struct Hold {
+    key: Option<OwnedKey>,
+    membership: Option<Membership>,
+    runtime: Arc<Runtime>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(key) = self.key.take() {
+            let membership = self.membership.take();
+            self.runtime.spawn(async move {
+                key.delete(Vec::new()).await;
+                drop(membership);
+            });
+        }
+    }
 }
 
 /// The task that watches the key; ends when dropped.
@@ -66,7 +86,8 @@ impl Place {
             leaving: leaving.clone(),
         };
         let monitor = Monitoring(core.runtime.spawn_abortable(monitor.run(watch)));
-        let held = Some(Held { key, membership, monitor, leaving, follows });
+        let hold = Hold { key: Some(key), membership: Some(membership), runtime: core.runtime.clone() };
+        let held = Some(Held { hold, monitor, leaving, follows });
         let place = Self { session, token, facts, held };
         // The wait may have outlasted the lease.
         if place.facts.is_held() { Ok(place) } else { Err(place.facts.error()) }
@@ -114,9 +135,8 @@ impl Place {
 
     /// Gives up the guard and keeps the key.
     pub(crate) fn detach(mut self) -> Arc<Owned> {
-        if let Some(held) = self.held.take() {
-            held.key.keep();
-        }
+        let key = self.held.take().and_then(|mut held| held.hold.key.take());
+        key.into_iter().for_each(OwnedKey::keep);
         self.facts.clone()
     }
 
@@ -151,8 +171,9 @@ impl Held {
     ///
     /// When dropped, the key is deleted in the background, and the next contender looks for itself.
     async fn leave(self, core: &Core) -> Result<bool> {
-        let Self { key, membership, monitor, leaving, follows } = self;
-        let line = &membership.line;
+        let Self { mut hold, monitor, leaving, follows } = self;
+        let (Some(key), Some(membership)) = (&mut hold.key, &hold.membership) else { return Ok(false) };
+        let line = membership.line.clone();
         let next = line.behind(&membership.position);
         let mut reads = Vec::new();
         if let Some(next) = &next {
@@ -168,6 +189,7 @@ impl Held {
         // Or it might open a watch just now. That of the line must live until it is known whether it lingers.
         let _monitor = follows.then_some(monitor);
         let deleted = key.delete_or_tell(reads).await?;
+        hold.key = None;
         let mut standing = None;
         if let Deleted::Now(responses, revision) = &deleted {
             standing =

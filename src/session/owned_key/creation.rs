@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use etcd_client::proto::PbResponseOp;
-use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnResponse};
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp};
 use tokio_util::sync::CancellationToken;
 
 use super::{Owned, OwnedKey};
@@ -11,6 +11,8 @@ use crate::error::{Error, Result};
 use crate::name;
 use crate::session::Core;
 use crate::session::generation::Generation;
+use crate::session::once::{Done, Fenced, fence};
+use crate::session::refused::Refused;
 use crate::session::rpc::{Failure, KeyFacts, RangeAnswer, revision};
 use crate::session::runtime::Backoff;
 use crate::session::slots::{Nonce, Slot, Step};
@@ -135,14 +137,10 @@ impl Pending {
 
     /// No attempt was applied. A copy might be, when the reason is gone.
     fn refused(&mut self, error: &Error) {
-        let Some(task) = self.0.take() else { return };
-        if !error.may_pass() {
-            task.give_back();
-        } else if let Some(room) = task.generation.slots.refusals().room() {
-            task.core.runtime.clone().spawn(async move {
-                task.give_up().await;
-                drop(room);
-            });
+        match self.0.take() {
+            Some(task) if error.may_pass() => task.core.clone().refused(&task.generation.clone(), task),
+            Some(task) => task.give_back(),
+            None => {}
         }
     }
 
@@ -224,56 +222,49 @@ impl Task {
     }
 
     /// Sees to it that no attempt made so far leaves a key.
-    ///
-    /// Copies of these transactions may be late too, when slot and key name serve another operation. So they compare
-    /// what they change.
     async fn give_up(mut self) {
-        let refusals = self.generation.slots.refusals();
-        let (mut backoff, mut turn) = (Backoff::of_requests(), refusals.turn());
-        let mut moved = false;
-        loop {
-            let (step, key) = (self.step(), self.key.clone());
-            let made = Compare::create_revision(key.clone(), CompareOp::Equal, self.slot.revision);
-            let delete = Txn::new().when([made]).and_then([TxnOp::delete(key.clone(), None)]);
-            // Only a slot that was moved comes with a key.
-            let delete_as_well = moved.then(|| TxnOp::txn(delete.clone()));
-            let then: Vec<_> = std::iter::once(step.put("")).chain(delete_as_well).collect();
-            let give_up = Txn::new().when(step.compares()).and_then(then).or_else([step.get()]);
-            let attempt = tokio::select! {
-                biased;
+        let (mut backoff, mut refusals) = (Backoff::of_requests(), Backoff::of_refusals());
+        let made = loop {
+            let pause = match fence(&self.core, &self.generation, &self.key, &mut self.slot).await {
+                Ok(Fenced::Never) => break None,
+                Ok(Fenced::Applied(done)) => break Some(done),
                 // The lease goes, and the key and every late copy with it.
-                () = self.generation.ended() => return,
-                attempt = self.core.rpc.txn(&key, give_up) => attempt,
-            };
-            match attempt {
-                Ok(response) if response.succeeded() => {
-                    self.slot.revision = revision(response.header());
-                    return self.give_back();
-                }
-                // Moved by an attempt, or by an earlier copy of this.
-                Ok(response) => match moved_to(&step, &response) {
-                    // Only its lease takes a slot away.
-                    0 => return self.generation.end(),
-                    now => (self.slot.revision, moved) = (now, true),
+                Ok(Fenced::Ended) => return,
+                // Without space the slot cannot move, but a key can go; late copies are refused as long.
+                Err(Failure::Refused(_)) => match self.look().await {
+                    Some(done) => break Some(done),
+                    None => &mut refusals,
                 },
-                Err(Failure::LeaseGone(_)) => return self.generation.end(),
-                // Without space the slot cannot move, but the key can go; late copies are refused as long.
-                Err(Failure::Refused(_)) => {
-                    match self.core.rpc.txn(&key, delete.or_else([step.get()])).await {
-                        Ok(response) if !response.succeeded() => {
-                            let now = moved_to(&step, &response);
-                            moved |= now != self.slot.revision;
-                            self.slot.revision = now;
-                        }
-                        _ => {}
-                    }
-                    tokio::select! {
-                        biased;
-                        () = self.generation.ended() => return,
-                        () = turn.wait(&self.core.runtime) => {}
-                    }
-                }
-                Err(_) => backoff.wait(&self.core.runtime).await,
+                Err(_) => &mut backoff,
+            };
+            tokio::select! {
+                biased;
+                () = self.generation.ended() => return,
+                () = pause.wait(&self.core.runtime) => {}
+            }
+        };
+        self.given_up(made);
+    }
+
+    /// Finds out whether the slot was moved by an attempt.
+    async fn look(&self) -> Option<Done> {
+        let step = self.step();
+        let read =
+            self.core.rpc.get(step.key(), GetOptions::new(), Some(self.core.rpc.timeout)).await.ok()?;
+        let slot = read.kvs().first().map(KeyFacts::from);
+        let revision = step.moved_to(slot.as_ref());
+        let record = Vec::new();
+        (revision != 0 && revision != self.slot.revision).then_some(Done { revision, record, answer: None })
+    }
+
+    /// No attempt will be applied. One was, perhaps, and moved the slot with the key: then that is deleted.
+    fn given_up(mut self, made: Option<Done>) {
+        match made {
+            None => self.give_back(),
+            Some(Done { revision, .. }) => {
+                self.slot.revision = revision;
+                drop(self.created(revision, None));
+                self.generation.slots.give_back(self.slot);
             }
         }
     }
@@ -293,8 +284,12 @@ impl Task {
     }
 }
 
-/// The slot's revision, when the answer's first operation reads it.
-fn moved_to(step: &Step, response: &TxnResponse) -> i64 {
-    let slot = RangeAnswer::of(&response.0.responses, 0).and_then(|keys| keys.keys().next());
-    step.moved_to(slot.as_ref())
+impl Refused for Task {
+    fn slot(&mut self) -> &mut Slot {
+        &mut self.slot
+    }
+
+    fn fenced(self: Box<Self>, done: Option<Done>) {
+        self.given_up(done);
+    }
 }

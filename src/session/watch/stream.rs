@@ -162,10 +162,10 @@ impl Task {
                     Some(Request::Linger) => {}
                     None => return End::Closing,
                 },
-                read = stream.doubt.read() => {
+                (before, read) = stream.doubt.read() => {
                     stream.doubt = Doubt::None;
                     if let Ok(read) = read {
-                        self.judge(&mut stream, revision(read.header()));
+                        self.judge(&mut stream, before, revision(read.header()));
                     }
                 }
                 () = tick => {}

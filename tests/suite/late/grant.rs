@@ -19,6 +19,7 @@ const SHORT: Duration = Duration::from_secs(5);
 const EXPIRED: Duration = Duration::from_secs(30);
 
 /// How often each: 100 times in full length.
+#[track_caller]
 fn times() -> usize {
     rounds(25, 100)
 }

@@ -52,6 +52,9 @@ async fn cancelled_lock_leaves_no_key_without_space() {
         entry.answered(1).await;
         assert_eq!(rig.line().await.len(), 1);
         fill(&mut scope.client()).await;
+        // What is refused meanwhile waits for space. The key does not.
+        let refused = timeout(PATIENCE, rig.mutex().lock()).await.expect("stuck");
+        assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
         let late = rig.txns().always().inject(Fault::Twice(Until::Released));
         call.abort();
         eventually(PATIENCE, "the cancelled call leaves no key", async || rig.line().await.is_empty()).await;

@@ -10,6 +10,7 @@ use crate::support::faults::{Fault, Faults, Until};
 use crate::support::rounds;
 
 /// Trials of each kind: the third counts twice, so 100 by default.
+#[track_caller]
 fn trials() -> usize {
     rounds(25, 250)
 }

@@ -17,6 +17,7 @@ use crate::support::server::PATIENCE;
 const PROMPT: Duration = Duration::from_millis(100);
 
 /// Trials of each kind.
+#[track_caller]
 fn trials() -> usize {
     rounds(30, 200)
 }

@@ -19,17 +19,17 @@ pub(super) const GRACE: Duration = Duration::from_secs(5);
 /// What is done about a silence.
 pub(super) enum Doubt {
     None,
-    /// A read tells how far the store is. Other messages may come meanwhile.
-    Reading(BoxFuture<'static, Result<GetResponse>>),
+    /// A read tells how far the store is, which had this revision already. Other messages may come meanwhile.
+    Reading(i64, BoxFuture<'static, Result<GetResponse>>),
     /// The stream was asked for a sign of life.
     Asked(Instant),
 }
 
 impl Doubt {
-    /// Waits for the read, if there is one.
-    pub(super) async fn read(&mut self) -> Result<GetResponse> {
+    /// Waits for the read, if there is one. Gives what the store had before, and what it has.
+    pub(super) async fn read(&mut self) -> (i64, Result<GetResponse>) {
         match self {
-            Self::Reading(read) => read.await,
+            Self::Reading(before, read) => (*before, read.await),
             Self::None | Self::Asked(_) => std::future::pending().await,
         }
     }
@@ -45,29 +45,29 @@ impl Task {
         match &stream.doubt {
             Doubt::Asked(asked) => asked.elapsed() < GRACE,
             Doubt::None if silence > SILENCE => {
+                let told = self.shared.table().watches.values().filter_map(|watch| watch.told).max();
                 let shared = self.shared.clone();
                 let read = async move {
                     let read = shared.read().await;
                     if read.is_err() {
-                        // It is read again then.
+                        // The next read is not to follow at once.
                         tokio::time::sleep(GRACE).await;
                     }
                     read
                 };
-                stream.doubt = Doubt::Reading(read.boxed());
+                stream.doubt = Doubt::Reading(told.unwrap_or(0), read.boxed());
                 true
             }
-            Doubt::None | Doubt::Reading(_) => true,
+            Doubt::None | Doubt::Reading(..) => true,
         }
     }
 
-    /// Goes on when it is known how far the store is.
-    pub(super) fn judge(&self, stream: &mut Stream, revision: i64) {
-        let told = self.shared.table().watches.values().filter_map(|watch| watch.told).max();
-        if told.is_some_and(|told| told > revision) {
+    /// Goes on when it is known how far the store is, which had the revision `before` already.
+    pub(super) fn judge(&self, stream: &mut Stream, before: i64, revision: i64) {
+        if before > revision {
             self.end_newer_than(stream, revision);
         } else {
-            // A watch that starts in the future does not answer a progress request, so it is only asked once it cannot.
+            // A watch that starts in the future does not answer a progress request. Now none does.
             stream.doubt = Doubt::Asked(Instant::now());
             let _ = stream.writer.send(Write::Progress);
         }
