@@ -18,6 +18,7 @@ mod builder;
 mod dial;
 mod endpoints;
 pub(crate) mod expiring;
+mod flag;
 mod freshness;
 pub(crate) mod generation;
 mod keepalive;
@@ -106,7 +107,8 @@ pub(crate) struct Core {
     pub(crate) changes: Hub,
     pub(crate) options: Arc<Options>,
     transport: Arc<Transport>,
-    pub(crate) lines: Mutex<BTreeMap<Prefix, Weak<Line>>>,
+    /// Their names are shared, because a tree keeps room for several.
+    pub(crate) lines: Mutex<BTreeMap<Arc<Prefix>, Weak<Line>>>,
     pub(crate) queues: Queues,
     /// Made with the first key, since most sessions keep none.
     pub(crate) kept: OnceLock<Kept>,

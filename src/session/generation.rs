@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
+use super::flag::Flag;
 use super::runtime::{Runtime, Time};
 use super::slots::{Nonces, Slots};
 
@@ -24,7 +24,7 @@ pub(crate) struct Generation {
     pub(crate) slots: Slots,
     pub(crate) nonces: Arc<Nonces>,
     deadline: AtomicU64,
-    ended: CancellationToken,
+    ended: Flag,
     runtime: Arc<Runtime>,
 }
 
@@ -88,15 +88,7 @@ impl Generation {
         runtime: Arc<Runtime>,
     ) -> Self {
         let deadline = AtomicU64::new(deadline.0);
-        Self {
-            number,
-            lease,
-            slots,
-            nonces: Arc::default(),
-            deadline,
-            ended: CancellationToken::new(),
-            runtime,
-        }
+        Self { number, lease, slots, nonces: Arc::default(), deadline, ended: Flag::default(), runtime }
     }
 
     /// Whether the lease certainly lives. Compares clocks in the caller's thread; once false, false for ever.
@@ -118,7 +110,7 @@ impl Generation {
 
     /// Waits for the end.
     pub(crate) async fn ended(&self) {
-        self.ended.cancelled().await;
+        self.ended.wait().await;
     }
 
     /// Waits for the end, and a moment longer: what was under way has been answered then, or its answer is late.
@@ -130,14 +122,14 @@ impl Generation {
     /// Ends the generation now: the lease is known to be gone, or is about to be revoked.
     pub(crate) fn end(&self) {
         self.deadline.store(OVER, Ordering::Release);
-        self.ended.cancel();
+        self.ended.set();
     }
 
     fn close_at(&self, deadline: u64) -> bool {
         let closed =
             self.deadline.compare_exchange(deadline, OVER, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if closed {
-            self.ended.cancel();
+            self.ended.set();
         }
         closed
     }

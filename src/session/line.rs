@@ -58,7 +58,7 @@ const FRONT: i64 = 8;
 
 /// The line of one name, as one session sees it. Shared by all who use the name in this session.
 pub(crate) struct Line {
-    prefix: Prefix,
+    prefix: Arc<Prefix>,
     range: Range,
     /// The session's own contenders, the holder included, in the order of the line.
     contenders: Mutex<Contenders>,
@@ -88,7 +88,7 @@ pub(crate) struct Member {
 impl Line {
     /// The line called `name`, the same for all who ask for it in this session.
     pub(crate) fn open(core: &Core, name: &[u8]) -> Result<Arc<Self>> {
-        let prefix = Prefix::of_name(name)?;
+        let prefix = Arc::new(Prefix::of_name(name)?);
         let mut lines = core.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(line) = lines.get(&prefix).and_then(Weak::upgrade) {
             return Ok(line);
@@ -100,7 +100,8 @@ impl Line {
             let reason = "it is that of the session's bookkeeping keys, or contains it";
             return Err(Error::InvalidName { name: name::display(name), reason });
         }
-        let nested = |(other, line): (&Prefix, &Weak<Self>)| prefix.nested(other) && line.strong_count() > 0;
+        let nested =
+            |(other, line): (&Arc<Prefix>, &Weak<Self>)| prefix.nested(other) && line.strong_count() > 0;
         if Self::relatives(&lines, &prefix).any(nested) || core.queues.meet(&prefix) {
             let reason =
                 "another name in use by this session is the same up to a '/', and the two would be one line";
@@ -115,14 +116,15 @@ impl Line {
 
     /// The lines that might contain `prefix` or be contained in it.
     fn relatives<'a>(
-        lines: &'a BTreeMap<Prefix, Weak<Self>>,
+        lines: &'a BTreeMap<Arc<Prefix>, Weak<Self>>,
         prefix: &'a Prefix,
-    ) -> impl Iterator<Item = (&'a Prefix, &'a Weak<Self>)> {
+    ) -> impl Iterator<Item = (&'a Arc<Prefix>, &'a Weak<Self>)> {
         let bytes = prefix.as_bytes();
         let slashes = bytes.iter().enumerate().filter(|(at, byte)| **byte == b'/' && *at > 0);
         let above = slashes.filter_map(|(at, _)| lines.get_key_value(&Prefix::of_name(&bytes[..at]).ok()?));
-        let below =
-            lines.range(prefix..).take_while(|(other, _)| other.as_bytes().starts_with(prefix.as_bytes()));
+        let below = lines
+            .range::<Prefix, _>(prefix..)
+            .take_while(|(other, _)| other.as_bytes().starts_with(prefix.as_bytes()));
         above.chain(below)
     }
 

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use etcd_client::proto::PbResponseOp;
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
-use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::creation::{Created, Creation};
 use super::Core;
+use super::flag::Flag;
 use super::generation::Generation;
 use super::rpc::{Failure, revision};
 use super::runtime::Backoff;
@@ -31,10 +31,10 @@ pub(crate) struct Owned {
     pub(crate) generation: Arc<Generation>,
     pub(crate) key: Vec<u8>,
     pub(crate) create_revision: i64,
-    /// Cancelled when the key is known to be deleted.
-    gone: CancellationToken,
-    /// Cancelled when the guard of the key was given up but not the key: another guard may write it from then on.
-    detached: CancellationToken,
+    /// Set when the key is known to be deleted.
+    gone: Flag,
+    /// Set when the guard of the key was given up but not the key: another guard may write it from then on.
+    detached: Flag,
     /// Given back when the key is gone.
     nonce: Mutex<Option<Nonce>>,
 }
@@ -59,16 +59,13 @@ impl OwnedKey {
         key: Vec<u8>,
         create_revision: i64,
     ) -> Self {
-        let (core, generation) = (core.clone(), generation.clone());
-        let (gone, detached) = (CancellationToken::new(), CancellationToken::new());
-        let nonce = Mutex::new(None);
-        let facts = Owned { core, generation, key, create_revision, gone, detached, nonce };
+        let facts = Owned::new(core.clone(), generation.clone(), key, create_revision, None);
         Self { facts: Arc::new(facts), released: false }
     }
 
     /// Leaves the key to its lease.
     pub(crate) fn keep(mut self) {
-        self.facts.detached.cancel();
+        self.facts.detached.set();
         self.released = true;
     }
 
@@ -110,24 +107,35 @@ impl Drop for OwnedKey {
 // === impl Owned ===
 
 impl Owned {
+    fn new(
+        core: Arc<Core>,
+        generation: Arc<Generation>,
+        key: Vec<u8>,
+        create_revision: i64,
+        nonce: Option<Nonce>,
+    ) -> Self {
+        let (gone, detached) = (Flag::default(), Flag::default());
+        Self { core, generation, key, create_revision, gone, detached, nonce: Mutex::new(nonce) }
+    }
+
     /// Whether the key is certainly there, as far as this process can know: its lease lives by the local clock and
     /// nobody was seen to delete it.
     pub(crate) fn is_held(&self) -> bool {
-        !self.gone.is_cancelled() && self.generation.is_alive()
+        !self.gone.is_set() && self.generation.is_alive()
     }
 
     /// Waits until the key is lost or given up.
     pub(crate) async fn lost(&self) {
         tokio::select! {
             biased;
-            () = self.gone.cancelled() => {}
+            () = self.gone.wait() => {}
             () = self.generation.ended() => {}
         }
     }
 
     /// Notes that the key is gone.
     pub(crate) fn set_gone(&self) {
-        self.gone.cancel();
+        self.gone.set();
     }
 
     pub(crate) fn error(&self) -> Error {

@@ -39,7 +39,7 @@ impl Core {
         queues.retain(|_, queue| queue.strong_count() > 0);
         let line = lines
             .iter()
-            .any(|(other, line)| (other == prefix || other.nested(prefix)) && line.strong_count() > 0);
+            .any(|(other, line)| (**other == *prefix || other.nested(prefix)) && line.strong_count() > 0);
         if line || queues.keys().any(|other| other.nested(prefix)) {
             let reason =
                 "another name in use by this session is the same up to a '/', and its keys would be items";

@@ -129,7 +129,12 @@ mod tests {
     fn a_place_has_one_contender() {
         let prefix = Prefix::of_name(b"name").unwrap();
         let range = Range::prefix(&prefix);
-        let line = Arc::new(Line { prefix, range, contenders: Mutex::default(), number: AtomicU32::new(0) });
+        let line = Arc::new(Line {
+            prefix: Arc::new(prefix),
+            range,
+            contenders: Mutex::default(),
+            number: AtomicU32::new(0),
+        });
         let position = Position { generation: 1, created: 7, key: b"name/a-0".to_vec() };
         let first = Membership::try_join(line.clone(), position.clone());
         assert!(first.is_some() && Membership::try_join(line.clone(), position.clone()).is_none());

@@ -199,7 +199,13 @@ impl Held {
                 core.deletions.linger(&line.range);
             }
         }
+        let handed_over = standing.is_some();
         line.leave(&membership.position, standing);
+        if handed_over {
+            // Who holds now goes first: a caller that enters the line again at once would send that before the new
+            // holder could send anything, and etcd would commit it first.
+            tokio::task::yield_now().await;
+        }
         Ok(held && !matches!(deleted, Deleted::Lost))
     }
 }

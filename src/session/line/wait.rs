@@ -97,7 +97,8 @@ impl Waiter<'_> {
             self.watch = None;
             self.watch_from_afar(standing).await
         } else {
-            self.follow(standing).await
+            // Boxed, because only the first of many waiters are here.
+            Box::pin(self.follow(standing)).await
         }
     }
 

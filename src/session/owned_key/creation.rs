@@ -1,10 +1,9 @@
 //! The creation of an owned key: once, or never.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use etcd_client::proto::PbResponseOp;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp};
-use tokio_util::sync::CancellationToken;
 
 use super::{Owned, OwnedKey};
 use crate::error::{Error, Result};
@@ -209,15 +208,8 @@ impl Task {
     }
 
     fn created(&mut self, create_revision: i64, reads: Option<(Vec<PbResponseOp>, i64)>) -> Created {
-        let facts = Owned {
-            core: self.core.clone(),
-            generation: self.generation.clone(),
-            key: self.key.clone(),
-            create_revision,
-            gone: CancellationToken::new(),
-            detached: CancellationToken::new(),
-            nonce: Mutex::new(self.nonce.take()),
-        };
+        let (core, generation, nonce) = (self.core.clone(), self.generation.clone(), self.nonce.take());
+        let facts = Owned::new(core, generation, self.key.clone(), create_revision, nonce);
         Created { key: OwnedKey { facts: Arc::new(facts), released: false }, reads }
     }
 

@@ -34,7 +34,7 @@ impl Owned {
             let attempt = tokio::select! {
                 biased;
                 // What is under way can only come before the first put of the next guard.
-                () = self.detached.cancelled() => return Err(self.unresolved(true)),
+                () = self.detached.wait() => return Err(self.unresolved(true)),
                 attempt = self.core.rpc.txn_of(value.len(), &self.key, txn) => attempt,
                 // The attempt under way may have been applied.
                 () = self.generation.over() => return Err(self.unresolved(true)),
