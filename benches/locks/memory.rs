@@ -19,7 +19,8 @@ const BATCH: usize = 50;
 /// Until what is in flight has settled.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// `n` sessions, all waiting for one lock that is held: on shared connections, or each on its own (mode `own`).
+/// `n` sessions, all waiting for one lock that is held: on shared connections, or each on its own (mode `own`). One
+/// after the other, as the peer does: what many answers at once need for a moment is not what waiting costs.
 pub(crate) async fn sessions(load: &Load) -> Result<Line> {
     let name = fresh("lock");
     let holder = begin(Session::builder([&load.endpoint]), load).await?;
@@ -29,11 +30,13 @@ pub(crate) async fn sessions(load: &Load) -> Result<Line> {
     };
     let held = Mutex::new(&holder, &name)?.lock().await?;
     let mut waiting = Waiting::start(load, name.clone(), 1).await?;
-    let sessions = open(load.n, |_| one()).await?;
-    for batch in sessions.chunks(BATCH) {
-        let mutexes = batch.iter().map(|session| Mutex::new(session, &name));
-        waiting.add(mutexes.collect::<Result<_, _>>()?).await?;
+    let mut sessions = Vec::with_capacity(load.n);
+    for _ in 0..load.n {
+        let session = one().await?;
+        waiting.send(Mutex::new(&session, &name)?);
+        sessions.push(session);
     }
+    waiting.all_stand().await?;
     let line = waiting.line(load).await?;
     held.unlock().await?;
     close(&sessions).await?;
@@ -52,8 +55,10 @@ pub(crate) async fn waiters(load: &Load) -> Result<Line> {
     let mut waiting = Waiting::start(load, prefix, held.len()).await?;
     for start in (0..load.n).step_by(BATCH) {
         let batch = start..load.n.min(start + BATCH);
-        let mutexes = batch.map(|i| Mutex::new(&session, &names[i % names.len()]));
-        waiting.add(mutexes.collect::<Result<_, _>>()?).await?;
+        for i in batch {
+            waiting.send(Mutex::new(&session, &names[i % names.len()])?);
+        }
+        waiting.all_stand().await?;
     }
     let line = waiting.line(load).await?;
     // The session first: nobody is to have a turn.
@@ -83,12 +88,14 @@ impl Waiting {
         Ok(Self { kv, prefix, keys, tasks, start, rss_before })
     }
 
-    /// Sends waiters off and waits until all of them stand in their lines.
-    async fn add(&mut self, mutexes: Vec<Mutex>) -> Result<()> {
-        self.keys += mutexes.len();
-        for mutex in mutexes {
-            self.tasks.spawn(async move { mutex.lock().await });
-        }
+    /// Sends a waiter off.
+    fn send(&mut self, mutex: Mutex) {
+        self.keys += 1;
+        self.tasks.spawn(async move { mutex.lock().await });
+    }
+
+    /// Waits until all who were sent off stand in their lines.
+    async fn all_stand(&mut self) -> Result<()> {
         loop {
             let options = GetOptions::new().with_prefix().with_count_only();
             let there = self.kv.get(format!("{}/", self.prefix), Some(options)).await?.count();

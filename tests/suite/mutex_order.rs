@@ -236,3 +236,42 @@ async fn a_waiter_is_not_passed_by_who_comes_later() {
     })
     .await;
 }
+
+/// Else each hand-over in a busy session would wait until etcd has committed that the last holder stands in line again.
+#[tokio::test]
+async fn who_has_the_lock_handed_over_sends_before_who_gave_it() {
+    const ROUNDS: usize = 10;
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let session = connect(scope, Session::builder_with_client(faults.client().await)).await;
+        let mutex = Mutex::new(&session, scope.name()).unwrap();
+        let mut first = 0;
+        for _ in 0..ROUNDS {
+            let guard = mutex.lock().await.unwrap();
+            let next = mutex.clone();
+            let next = tokio::spawn(async move { next.lock().await.unwrap().unlock().await.unwrap() });
+            in_line(scope, 2).await;
+            let key = scope.keys().await.remove(1);
+            // Which of the transactions from here on are about the next holder's key. After it was deleted, the key may be
+            // that of the one who enters.
+            let sent = Arc::new(StdMutex::new(Vec::new()));
+            let log = sent.clone();
+            let about = move |message: &[u8]| message.windows(key.len()).any(|part| part == key.as_bytes());
+            let record = move |message: &[u8]| {
+                log.lock().unwrap().push(about(message));
+                false
+            };
+            let _never = faults.on("Txn").when(record).always().inject(Fault::LoseAnswer);
+            guard.unlock().await.unwrap();
+            let again = mutex.lock().await.unwrap();
+            next.await.unwrap();
+            faults.clear();
+            first += usize::from(sent.lock().unwrap()[..2] == [false, true]);
+            again.unlock().await.unwrap();
+        }
+        // The key of the next can be seen before the session knows that it stands in line: then nothing is handed over.
+        assert!(first > ROUNDS / 2, "only {first} of {ROUNDS} sent first");
+        session.close().await.unwrap();
+    })
+    .await;
+}
