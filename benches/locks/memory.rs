@@ -19,8 +19,8 @@ const BATCH: usize = 50;
 /// Until what is in flight has settled.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// `n` sessions, all waiting for one lock that is held: on shared connections, or each on its own (mode `own`). One
-/// after the other, as the peer does: what many answers at once need for a moment is not what waiting costs.
+/// `n` sessions, all waiting for one lock that is held: on shared connections, or each on its own (mode `own`). They
+/// come one after the other: what many answers at once need for a moment is not what waiting costs.
 pub(crate) async fn sessions(load: &Load) -> Result<Line> {
     let name = fresh("lock");
     let holder = begin(Session::builder([&load.endpoint]), load).await?;
@@ -102,6 +102,7 @@ impl Waiting {
             if usize::try_from(there)? == self.keys {
                 return Ok(());
             }
+            ensure!(self.tasks.try_join_next().is_none(), "a waiter did not wait");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

@@ -25,7 +25,7 @@ impl Flag {
 
     /// Waits until it is set.
     pub(super) async fn wait(&self) {
-        // Hears of everything from here on.
+        // Hears of everything from here on. After the look at the flag it would miss what is set in between.
         let changed = self.changed.notified();
         if !self.is_set() {
             changed.await;

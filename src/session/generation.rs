@@ -40,7 +40,8 @@ pub(crate) struct Current {
 
 impl Current {
     pub(crate) fn living(&self) -> Option<Arc<Generation>> {
-        self.generation().clone().filter(|generation| generation.is_alive())
+        let generation = self.generation().clone();
+        generation.filter(|generation| generation.is_alive())
     }
 
     /// Waits for a generation that lives; `None` if there will be none.

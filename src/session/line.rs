@@ -110,6 +110,8 @@ impl Line {
         let range = Range::prefix(&prefix);
         let (contenders, number) = (Mutex::default(), AtomicU32::new(0));
         let line = Arc::new(Self { prefix: prefix.clone(), range, contenders, number });
+        // A line of this name that is over would leave its own copy of the name in the tree.
+        lines.remove(&prefix);
         lines.insert(prefix, Arc::downgrade(&line));
         Ok(line)
     }

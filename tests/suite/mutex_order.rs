@@ -237,7 +237,8 @@ async fn a_waiter_is_not_passed_by_who_comes_later() {
     .await;
 }
 
-/// Else each hand-over in a busy session would wait until etcd has committed that the last holder stands in line again.
+/// As a rule: else each hand-over in a busy session would wait until etcd has committed that the last holder stands in
+/// line again.
 #[tokio::test]
 async fn who_has_the_lock_handed_over_sends_before_who_gave_it() {
     const ROUNDS: usize = 10;

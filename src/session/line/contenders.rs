@@ -59,18 +59,20 @@ impl Line {
         next.filter(|(next, _)| next.generation == position.generation).map(|(next, _)| next.clone())
     }
 
-    /// Takes a contender off the list, and tells the next of this session what is known of its place.
-    pub(super) fn leave(&self, position: &Position, next: Option<(Arc<Position>, Standing)>) {
+    /// Takes a contender off the list, and tells the next of this session what is known of its place; true if that is
+    /// that it is first.
+    pub(super) fn leave(&self, position: &Position, next: Option<(Arc<Position>, Standing)>) -> bool {
         let mut contenders = self.contenders();
         let led = first_of(&contenders, position).is_some_and(|(first, _)| **first == *position);
         if contenders.remove(position).is_none() || !led {
-            return;
+            return false;
         }
-        if let Some((position, mailbox)) = first_of(&contenders, position) {
-            let standing = next.filter(|(of, _)| of == position).map(|(_, standing)| standing);
-            *mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
-            mailbox.arrived.notify_one();
-        }
+        let Some((position, mailbox)) = first_of(&contenders, position) else { return false };
+        let standing = next.filter(|(of, _)| of == position).map(|(_, standing)| standing);
+        let first = standing.as_ref().is_some_and(Standing::is_first);
+        *mailbox.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
+        mailbox.arrived.notify_one();
+        first
     }
 }
 

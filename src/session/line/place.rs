@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use etcd_client::{Compare, GetOptions, KeyValue, Txn, TxnOp, TxnResponse};
@@ -135,7 +136,9 @@ impl Place {
 
     /// Gives up the guard and keeps the key.
     pub(crate) fn detach(mut self) -> Arc<Owned> {
-        let key = self.held.take().and_then(|mut held| held.hold.key.take());
+        let mut held = self.held.take();
+        let key = held.as_mut().and_then(|held| held.hold.key.take());
+        // Before the membership ends: this guard shall write no more when another can take the place up.
         key.into_iter().for_each(OwnedKey::keep);
         self.facts.clone()
     }
@@ -169,7 +172,8 @@ impl Held {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the key is deleted in the background, and the next contender looks for itself.
+    /// When dropped before etcd has answered, the key is deleted in the background, and the next contender looks for
+    /// itself.
     async fn leave(self, core: &Core) -> Result<bool> {
         let Self { mut hold, monitor, leaving, follows } = self;
         let (Some(key), Some(membership)) = (&mut hold.key, &hold.membership) else { return Ok(false) };
@@ -199,15 +203,26 @@ impl Held {
                 core.deletions.linger(&line.range);
             }
         }
-        let handed_over = standing.is_some();
-        line.leave(&membership.position, standing);
-        if handed_over {
-            // Who holds now goes first: a caller that enters the line again at once would send that before the new
-            // holder could send anything, and etcd would commit it first.
-            tokio::task::yield_now().await;
+        if line.leave(&membership.position, standing) {
+            // Who holds now goes first, as a rule: a caller that enters the line again at once would send that before
+            // the new holder could send anything, and etcd would commit it first.
+            let_others_go_first().await;
         }
         Ok(held && !matches!(deleted, Deleted::Lost))
     }
+}
+
+/// Lets tasks run that are ready now. `yield_now` waits until none is ready, which in a busy program may be long.
+async fn let_others_go_first() {
+    let mut again = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut again, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Watches the key of a hold, so that its deletion by somebody else is noticed.
