@@ -173,7 +173,7 @@ async fn long_outage(scope: &Scope, cluster: &Cluster) -> Vec<Duration> {
             states.at(SessionState::Lost { generation: 1 }).is_some()
         })
         .await;
-        states.suspended_before_lost();
+        states.suspended_before_lost().await;
     }
     // Longer than any request of theirs is tried.
     tokio::time::sleep(TTL / 2).await;

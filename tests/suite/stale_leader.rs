@@ -77,7 +77,7 @@ impl Hold {
         self.cut_off_from(0..3, Mode::Pass).await;
         returns(&self.session).await;
         scope.owns_lease(self.session.lease_id().unwrap());
-        self.states.suspended_before_lost();
+        self.states.suspended_before_lost().await;
         drop(self.belief);
         assert!(Arc::into_inner(self.guard).unwrap().unlock().await.unwrap_err().is_lost());
         self.session.close().await.unwrap();

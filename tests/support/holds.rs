@@ -11,6 +11,7 @@ use etcd_recipes::{Session, SessionState};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::check::eventually;
 use super::clock::boottime;
 use super::server::PATIENCE;
 
@@ -210,13 +211,13 @@ impl States {
         assert!(seen.iter().all(fine), "the session lost its lease: {seen:?}");
     }
 
-    /// Panics unless the session was suspended before it lost its first lease.
-    pub(crate) fn suspended_before_lost(&self) {
-        let seen = self.seen();
-        let at = |state| seen.iter().position(|seen| *seen == state);
-        let suspended = at(SessionState::Suspended { generation: 1 });
-        let lost = at(SessionState::Lost { generation: 1 });
-        assert!(suspended.is_some() && suspended < lost, "{seen:?}");
+    /// Panics unless the session was suspended before it lost its first lease. A hold may be over a moment before the
+    /// state says so.
+    pub(crate) async fn suspended_before_lost(&self) {
+        let lost = SessionState::Lost { generation: 1 };
+        eventually(PATIENCE, "the lease is said to be lost", async || self.at(lost).is_some()).await;
+        let suspended = self.at(SessionState::Suspended { generation: 1 });
+        assert!(suspended.is_some() && suspended < self.at(lost), "{:?}", self.seen());
     }
 }
 

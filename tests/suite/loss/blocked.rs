@@ -170,7 +170,7 @@ async fn an_application_that_is_not_alive_loses_its_session_in_time() {
         let lost = hold.belief.end().await;
         assert!(lost - from < TTL);
         hold.belief.ended_before(deletions.of(hold.guard.key()).await);
-        hold.states.suspended_before_lost();
+        hold.states.suspended_before_lost().await;
         alive.store(true, Ordering::Relaxed);
         hold.go_on.store(true, Ordering::Relaxed);
         returns(&hold.session).await;

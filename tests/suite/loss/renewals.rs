@@ -42,7 +42,7 @@ async fn the_deadline_counts_from_the_sending_of_the_last_renewal() {
         let ended = belief.end().await;
         assert!(ended < last + ttl, "held {:?} after the last renewal was sent", ended - last);
         belief.ended_before(deletions.of(guard.key()).await);
-        states.suspended_before_lost();
+        states.suspended_before_lost().await;
         drop(belief);
         faults.clear();
         proxy.set(Mode::Pass).await;

@@ -77,7 +77,7 @@ async fn cut_off(scope: &Scope, deletions: &Deletions, mode: Mode, wait: Duratio
     assert!(told < busy, "is_held() was false, and lost() resolved {told:?} later");
     let deletion = deletions.of(hold.guard.key()).await;
     let ahead = hold.belief.ended_before(deletion);
-    hold.states.suspended_before_lost();
+    hold.states.suspended_before_lost().await;
     hold.recover(scope).await;
     ahead
 }
