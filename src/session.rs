@@ -190,9 +190,9 @@ impl Session {
     /// Opens a further session beside this one: a lease of its own, with the same options, over the same connections
     /// and streams.
     ///
-    /// Takes some 7 to 8 KB while it waits for a lock, where one with connections of its own takes many times that. Each of
-    /// them is lost, renewed and closed by itself; the connections end with the last. Contenders of one session take turns more cheaply than
-    /// those of several, so open another only for what is to be lost or closed on its own.
+    /// Takes some 7 to 8 KB while it waits for a lock, where one with connections of its own takes many times that. Each
+    /// of them is lost, renewed and closed by itself; the connections end with the last. Contenders of one session take
+    /// turns more cheaply than those of several, so open another only for what is to be lost or closed on its own.
     ///
     /// # Errors
     ///

@@ -54,8 +54,7 @@ pub(crate) async fn waiters(load: &Load) -> Result<Line> {
     let held = open(load.own.names, async |i| Ok(Mutex::new(&holder, &names[i])?.lock().await?)).await?;
     let mut waiting = Waiting::start(load, prefix, held.len()).await?;
     for start in (0..load.n).step_by(BATCH) {
-        let batch = start..load.n.min(start + BATCH);
-        for i in batch {
+        for i in start..load.n.min(start + BATCH) {
             waiting.send(Mutex::new(&session, &names[i % names.len()])?);
         }
         waiting.all_stand().await?;
