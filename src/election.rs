@@ -8,10 +8,10 @@
 mod observe;
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use etcd_client::{Compare, Txn, TxnResponse};
-use tokio::sync::{Mutex as AsyncMutex, oneshot};
+use tokio::sync::oneshot;
 
 pub use self::observe::{Observation, Observe};
 use crate::error::{Error, Result};
@@ -76,7 +76,8 @@ impl Election {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the candidacy is withdrawn and no key is left.
+    /// When dropped, the candidacy is withdrawn and no key is left. A call that is neither polled nor dropped keeps its
+    /// place, as with [`Mutex::lock`](crate::Mutex::lock).
     pub async fn campaign(&self, value: impl Into<Vec<u8>>) -> Result<Leadership> {
         let value = value.into();
         name::check_value(&value)?;
@@ -175,8 +176,8 @@ impl std::fmt::Debug for Leader {
 #[must_use = "a leadership that is not kept resigns at once"]
 pub struct Leadership {
     place: Place,
-    /// The `mod_revision` of our last put. Locked while a proclamation is under way.
-    last: Arc<AsyncMutex<i64>>,
+    /// The `mod_revision` of our last put, once the proclamation that put it is through. Each passes it on to the next.
+    last: Mutex<oneshot::Receiver<i64>>,
 }
 
 /// Names a leadership that is still held at etcd but has no guard; see [`Leadership::detach`].
@@ -191,8 +192,9 @@ pub struct DetachedLeadership {
 
 impl Leadership {
     fn new(place: Place) -> Self {
-        let created = place.facts().create_revision;
-        Self { place, last: Arc::new(AsyncMutex::new(created)) }
+        let (created, last) = oneshot::channel();
+        let _ = created.send(place.facts().create_revision);
+        Self { place, last: Mutex::new(last) }
     }
 
     /// The fencing token: a revision of etcd, larger than that of every earlier leader.
@@ -272,16 +274,17 @@ impl Leadership {
         if !self.is_held() {
             return Err(self.place.facts().error());
         }
-        let last = self.last.clone().lock_owned().await;
-        let (answer, answered) = oneshot::channel();
+        let (through, next) = oneshot::channel();
+        let before = std::mem::replace(&mut *self.last.lock().unwrap_or_else(PoisonError::into_inner), next);
         let facts = self.place.facts().clone();
-        self.place.session().core().runtime.spawn(async move {
-            let mut last = last;
+        // Its turn comes in the session: a caller that is not polled keeps nobody waiting.
+        let proclaim = async move {
+            let mut last = before.await.map_err(|_| Error::Closed)?;
             let result = facts.update(value, &mut last).await;
-            drop(last);
-            let _ = answer.send(result);
-        });
-        answered.await.unwrap_or(Err(Error::Closed))
+            let _ = through.send(last);
+            result
+        };
+        self.place.session().core().to_the_end(proclaim).await
     }
 
     /// Ends the leadership. One request.

@@ -76,7 +76,9 @@ impl Mutex {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the place in line is given up and no key is left, also if the request was on its way.
+    /// When dropped, the place in line is given up and no key is left, also if the request was on its way. A call that
+    /// is neither polled nor dropped, such as one that a `select!` has left for later, keeps its place: once its turn has
+    /// come, all behind it wait.
     pub async fn lock(&self) -> Result<MutexGuard> {
         let describe = || participant::describe(self.session.core());
         Ok(MutexGuard { place: self.line.enter(&self.session, describe).await? })

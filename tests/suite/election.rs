@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use etcd_recipes::etcd_client::{Txn, TxnOp};
 use etcd_recipes::{Election, Error, Leadership, Session};
-use futures::StreamExt as _;
+use futures::{StreamExt as _, poll};
 
 use crate::support::check::{Scope, eventually, scoped};
-use crate::support::faults::{Fault, Faults};
+use crate::support::faults::{Fault, Faults, Until};
 use crate::support::server::PATIENCE;
 use crate::support::sessions::{connect, create_revision, generation, session, waits};
 
@@ -128,6 +128,32 @@ async fn proclamations_at_once_all_take_effect_and_the_value_is_one_of_them() {
         assert_eq!(version(scope, leadership.key()).await, Some(11));
         let last: u32 = said(&election).await.unwrap().parse().unwrap();
         assert!((1..=10).contains(&last));
+        leadership.resign().await.unwrap();
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// As in a `select` that went on with something else. They take effect in the order of their calls all the same.
+#[tokio::test]
+async fn proclamations_that_are_not_polled_any_more_keep_nobody_waiting() {
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let session = connect(scope, Session::builder_with_client(faults.client().await)).await;
+        let election = election(&session, scope);
+        let leadership = election.campaign("0").await.unwrap();
+        let held = faults.on("Txn").containing(scope.name()).inject(Fault::Hold(Until::Released));
+        let mut under_way = Box::pin(leadership.proclaim("1"));
+        let mut waiting = Box::pin(leadership.proclaim("2"));
+        assert!(poll!(&mut under_way).is_pending() && poll!(&mut waiting).is_pending());
+        held.hit(1).await;
+        held.release();
+        let next = tokio::time::timeout(PATIENCE, leadership.proclaim("3"));
+        next.await.expect("it waits for the others").unwrap();
+        under_way.await.unwrap();
+        waiting.await.unwrap();
+        assert_eq!(said(&election).await.unwrap(), "3");
+        assert_eq!(version(scope, leadership.key()).await, Some(4));
         leadership.resign().await.unwrap();
         session.close().await.unwrap();
     })
