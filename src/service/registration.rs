@@ -1,10 +1,10 @@
 //! An instance that is registered.
 
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::watch;
 
 use super::{Format, FormatError, Instance};
 use crate::error::{Error, Result};
@@ -26,11 +26,40 @@ use crate::session::kept::{KeptKey, Standing};
 pub struct Registration {
     format: Arc<dyn Format>,
     key: KeptKey,
-    instance: Mutex<Arc<Instance>>,
-    /// Updates follow one another.
-    updating: AsyncMutex<()>,
+    shown: watch::Sender<Shown>,
     /// A registration keeps its session open.
     session: Session,
+}
+
+/// What a registration shows of itself.
+struct Shown {
+    instance: Arc<Instance>,
+    /// Updates follow one another.
+    updating: bool,
+}
+
+/// An update that is under way in the session. Undone when it is dropped, unless it has come into effect.
+struct Updating {
+    shown: watch::Sender<Shown>,
+    before: Arc<Instance>,
+    done: bool,
+}
+
+impl Updating {
+    fn end(mut self, done: bool) {
+        self.done = done;
+    }
+}
+
+impl Drop for Updating {
+    fn drop(&mut self) {
+        self.shown.send_modify(|shown| {
+            shown.updating = false;
+            if !self.done {
+                shown.instance = self.before.clone();
+            }
+        });
+    }
 }
 
 /// What is known of a registration; see [`Registration::state`].
@@ -86,13 +115,13 @@ impl Registration {
     pub(super) async fn new(session: &Session, format: Arc<dyn Format>, instance: Instance) -> Result<Self> {
         let Written { prefix, key, value } = Written::new(&*format, session, &instance)?;
         let key = session.core().keep(prefix, key, value).await?;
-        let (instance, updating) = (Mutex::new(Arc::new(instance)), AsyncMutex::default());
-        Ok(Self { format, key, instance, updating, session: session.clone() })
+        let shown = watch::Sender::new(Shown { instance: Arc::new(instance), updating: false });
+        Ok(Self { format, key, shown, session: session.clone() })
     }
 
     /// The instance as it was registered or updated last.
     pub fn instance(&self) -> Arc<Instance> {
-        self.instance.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shown.borrow().instance.clone()
     }
 
     /// The key that stands for it.
@@ -121,8 +150,8 @@ impl Registration {
 
     /// Changes weight, metadata, tags or whatever else the key does not depend on. Discovery sees it at once, in place.
     ///
-    /// Updates take effect in the order in which they are called. While the registration is away, an update comes into
-    /// effect when it is back.
+    /// Updates take effect one after the other, each on top of what the one before it has left. While the registration is
+    /// away, an update comes into effect when it is back.
     ///
     /// # Errors
     ///
@@ -142,8 +171,8 @@ impl Registration {
     /// # Ok(()) }
     /// ```
     pub async fn update(&self, change: impl FnOnce(&mut Instance)) -> Result<()> {
-        let _turn = self.updating.lock().await;
-        let mut instance = Instance::clone(&self.instance());
+        let updating = self.begin().await;
+        let mut instance = Instance::clone(&updating.before);
         change(&mut instance);
         let Written { key, value, .. } = Written::new(&*self.format, &self.session, &instance)?;
         if key != self.key.key() {
@@ -152,15 +181,27 @@ impl Registration {
                 reason: "the change would move it to another key; register it anew".into(),
             });
         }
-        let before = std::mem::replace(
-            &mut *self.instance.lock().unwrap_or_else(PoisonError::into_inner),
-            Arc::new(instance),
-        );
-        let result = self.key.update(value).await;
-        if result.is_err() {
-            *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = before;
+        let updated = self.key.update(value)?;
+        self.shown.send_modify(|shown| shown.instance = Arc::new(instance));
+        let update = async move {
+            let result = updated.await;
+            updating.end(result.is_ok());
+            result
+        };
+        self.session.core().to_the_end(update).await
+    }
+
+    /// Waits until no update is under way, and begins one.
+    async fn begin(&self) -> Updating {
+        let mut shown = self.shown.subscribe();
+        loop {
+            // Whoever waits has no claim on the turn: who is not polled keeps nobody waiting.
+            let _ = shown.wait_for(|shown| !shown.updating).await;
+            if self.shown.send_if_modified(|shown| !std::mem::replace(&mut shown.updating, true)) {
+                let before = self.instance();
+                return Updating { shown: self.shown.clone(), before, done: false };
+            }
         }
-        result
     }
 
     /// Removes the registration, if it is still the newest of its id. Goes on until etcd has confirmed, or the lease is

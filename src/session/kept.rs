@@ -129,17 +129,17 @@ impl KeptKey {
         }
     }
 
-    /// Puts another value, if the key is still ours. Of several at once the last one called stands.
-    ///
-    /// # Cancel safety
-    ///
-    /// When dropped, the update goes on in the background.
-    pub(crate) async fn update(&self, value: Vec<u8>) -> Result<()> {
+    /// Puts another value, if the key is still ours; the future waits for what comes of it. Of several at once the last
+    /// one called stands.
+    pub(crate) fn update(
+        &self,
+        value: Vec<u8>,
+    ) -> Result<impl Future<Output = Result<()>> + Send + 'static + use<>> {
         name::check_value(&value)?;
         let (answer, answered) = oneshot::channel();
         let (key, owner) = (self.key.clone(), self.status.clone());
         let _ = self.commands.send(Command::Update { key, owner, value: value.into(), answer });
-        answered.await.unwrap_or(Err(Error::Closed))
+        Ok(async { answered.await.unwrap_or(Err(Error::Closed)) })
     }
 
     /// Deletes the key, if it is still ours.

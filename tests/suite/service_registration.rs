@@ -3,21 +3,23 @@
 use std::time::{Duration, Instant};
 
 use etcd_client::PutOptions;
-use etcd_recipes::Error;
 use etcd_recipes::service::formats::GoZero;
 use etcd_recipes::service::{Instance, Registration, RegistrationState, Services};
+use etcd_recipes::{Error, Session};
 use futures::future::join_all;
+use futures::poll;
 use serde_json::{Value, json};
 
 use crate::support::check::{Scope, eventually, scoped};
+use crate::support::faults::{Fault, Faults, Until};
 use crate::support::server::PATIENCE;
-use crate::support::sessions::{generation, session};
+use crate::support::sessions::{connect, generation, session};
 
 /// From etcd answering to a lost registration being back.
 const BACK: Duration = Duration::from_secs(2);
 
 /// The services of a scope, below its name.
-pub(crate) fn services(scope: &Scope, session: &etcd_recipes::Session) -> Services {
+pub(crate) fn services(scope: &Scope, session: &Session) -> Services {
     Services::with_format(session, etcd_recipes::service::formats::Json::under(scope.key("")))
 }
 
@@ -65,6 +67,31 @@ async fn registration_is_one_key_on_the_lease_until_it_is_deregistered() {
         assert_eq!(registration.state(), RegistrationState::Deregistered);
         registration.deregister().await.unwrap();
         assert!(registration.update(|_| {}).await.unwrap_err().is_lost());
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// As in a `select` that went on with something else.
+#[tokio::test]
+async fn updates_that_are_not_polled_any_more_keep_nobody_waiting() {
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let session = connect(scope, Session::builder_with_client(faults.client().await)).await;
+        let registration = services(scope, &session).register(instance("a")).await.unwrap();
+        let held = faults.on("Txn").containing(registration.key()).inject(Fault::Hold(Until::Released));
+        let mut under_way = Box::pin(registration.update(|instance| instance.weight = 2));
+        let mut waiting = Box::pin(registration.update(|instance| instance.tags.push("blue".into())));
+        assert!(poll!(&mut under_way).is_pending() && poll!(&mut waiting).is_pending());
+        held.hit(1).await;
+        held.release();
+        let next = registration.update(|instance| instance.weight += 1);
+        tokio::time::timeout(PATIENCE, next).await.expect("it waits for the others").unwrap();
+        assert_eq!(weight(scope, &registration).await, Some(json!(3)));
+        under_way.await.unwrap();
+        waiting.await.unwrap();
+        assert_eq!(registration.instance().tags, ["blue"]);
+        registration.deregister().await.unwrap();
         session.close().await.unwrap();
     })
     .await;

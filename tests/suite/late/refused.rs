@@ -199,6 +199,13 @@ async fn after_a_refused_update_the_last_good_state_comes_back() {
         rig.faults.on("Txn").containing(VALUE).always().inject(Fault::FailWith(denied()));
         let updated = registration.update(|instance| instance.version = VALUE.into()).await;
         assert!(matches!(updated, Err(Error::PermissionDenied { .. })), "{updated:?}");
+        assert_ne!(registration.instance().version, VALUE);
+        // The same when nobody waits for the answer.
+        let mut given_up = Box::pin(registration.update(|instance| instance.version = VALUE.into()));
+        assert!(futures::poll!(&mut given_up).is_pending());
+        drop(given_up);
+        let last_good = async || registration.instance().version != VALUE;
+        eventually(PATIENCE, "it shows the last good state", last_good).await;
         remove(scope, &scope.key("courseware/a")).await;
         let back = async || scope.keys().await.contains(&scope.key("courseware/a"));
         eventually(PATIENCE, "it is back", back).await;
