@@ -144,7 +144,7 @@ impl Shared {
         if let Some(peer) = peer {
             return peer.clone();
         }
-        let peer = Arc::new(Peer::new(&instance.address));
+        let peer = Peer::new(&instance.address);
         peers.insert(instance.id.clone(), peer.clone());
         peer
     }
@@ -159,7 +159,8 @@ impl Shared {
             let Some(pick) = self.balancer.pick(&snapshot.instances) else { break };
             let address = pick.instance().address.clone();
             let peer = self.peer(pick.instance(), &snapshot.instances);
-            let connection = match peer.connect(|| (self.connect)(pick.instance())).await {
+            let runtime = self.discovery.runtime();
+            let connection = match peer.connect(runtime, || (self.connect)(pick.instance())).await {
                 Ok(connection) => connection,
                 Err(error) => {
                     tracing::debug!(service = self.discovery.service(), address, error, "cannot connect");

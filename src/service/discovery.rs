@@ -19,6 +19,9 @@ use super::registration::usable;
 use super::{FormatError, Instance, Services};
 use crate::error::{Error, Result};
 use crate::name;
+use crate::session::Session;
+#[cfg(feature = "tonic")]
+use crate::session::runtime::Runtime;
 use crate::session::view::{Freshness, Values, View};
 
 /// The options of a [`Discovery`]; see [`Services::discover`].
@@ -99,7 +102,7 @@ impl DiscoveryBuilder {
         let (follower, snapshots) = Follower::new(view, format, service.clone(), filter, protection);
         let runtime = core.runtime.clone();
         let task = core.runtime.spawn_abortable(follower.run(runtime, core.closing.clone()));
-        let shared = Shared { snapshots, freshness, service, task, _session: session };
+        let shared = Shared { snapshots, freshness, service, task, session };
         Ok(Discovery { shared: Arc::new(shared) })
     }
 }
@@ -121,7 +124,9 @@ struct Shared {
     freshness: Freshness,
     service: String,
     task: AbortHandle,
-    _session: crate::Session,
+    /// Stays open.
+    #[cfg_attr(not(feature = "tonic"), expect(dead_code))]
+    session: Session,
 }
 
 impl Drop for Shared {
@@ -134,6 +139,12 @@ impl Discovery {
     /// The service.
     pub fn service(&self) -> &str {
         &self.shared.service
+    }
+
+    /// The tasks of its connections run where those of its session do.
+    #[cfg(feature = "tonic")]
+    pub(super) fn runtime(&self) -> &Runtime {
+        &self.shared.session.core().runtime
     }
 
     /// Who is there now, as far as is known. Local; takes no time.

@@ -168,6 +168,27 @@ async fn calls_under_way_survive_a_deregistration() {
     .await;
 }
 
+/// As in a `select` that went on with something else: it was connecting.
+#[tokio::test]
+async fn a_call_that_is_not_polled_any_more_keeps_nobody_waiting() {
+    scoped(async |scope| {
+        let session = session(scope).await;
+        let services = services(scope, &session);
+        let server = serve("a", None).await;
+        let registration = register(&services, &server.address).await;
+        let discovery = services.discover("greet").open().await.unwrap();
+        let channel = discovery.channel().build();
+        let mut first = Box::pin(morning(&channel));
+        assert!(futures::poll!(&mut first).is_pending());
+        let second = tokio::time::timeout(Duration::from_secs(20), morning(&channel)).await;
+        assert_eq!(second.expect("it waits for the first").unwrap(), "a");
+        assert_eq!(first.await.unwrap(), "a");
+        drop((registration, channel, discovery));
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn calls_go_where_fewer_are_pending() {
     scoped(async |scope| {

@@ -2,13 +2,18 @@
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Mutex as AsyncMutex;
+use futures::FutureExt as _;
+use futures::future::Shared;
+use tokio::sync::oneshot;
 use tonic::body::Body;
 use tonic::codegen::http::{Request, Response};
 use tonic::codegen::{Service, StdError};
 use tonic::transport::{Channel, Endpoint};
+
+use crate::session::runtime::Runtime;
 
 /// The longest a connection may take, whatever the endpoint says.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -17,24 +22,29 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Peer {
     address: String,
-    connection: AsyncMutex<Option<Connection>>,
-    /// Counts the attempts to connect.
-    attempts: AtomicU64,
-    /// The last connection that is known to be broken.
+    latest: Mutex<Option<Attempt>>,
+    /// The last attempt that failed, or whose connection is known to be broken.
     broken: AtomicU64,
 }
 
-/// An open connection.
+/// An attempt to connect; the first is number 1.
 #[derive(Debug, Clone)]
+struct Attempt {
+    number: u64,
+    opened: Shared<oneshot::Receiver<Result<Channel, String>>>,
+}
+
+/// An open connection.
+#[derive(Debug)]
 pub(super) struct Connection {
     channel: Channel,
     number: u64,
 }
 
 impl Peer {
-    pub(super) fn new(address: &str) -> Self {
-        let (attempts, broken) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { address: address.to_owned(), connection: AsyncMutex::default(), attempts, broken }
+    pub(super) fn new(address: &str) -> Arc<Self> {
+        let (latest, broken) = (Mutex::default(), AtomicU64::new(0));
+        Arc::new(Self { address: address.to_owned(), latest, broken })
     }
 
     pub(super) fn address(&self) -> &str {
@@ -43,25 +53,40 @@ impl Peer {
 
     /// The open connection, or a new one. Calls that wait for the same attempt share its failure.
     pub(super) async fn connect(
-        &self,
+        self: &Arc<Self>,
+        runtime: &Runtime,
         endpoint: impl FnOnce() -> Result<Endpoint, tonic::transport::Error>,
     ) -> Result<Connection, StdError> {
-        let before = self.attempts.load(Ordering::Acquire);
-        let mut connection = self.connection.lock().await;
-        if let Some(open) =
-            connection.as_ref().filter(|open| open.number > self.broken.load(Ordering::Acquire))
-        {
-            return Ok(open.clone());
+        let Attempt { number, opened } = self.attempt(runtime, endpoint)?;
+        Ok(Connection { channel: opened.await??, number })
+    }
+
+    /// The attempt that is under way or has succeeded, or a new one. It is made in the session: a call that is not polled
+    /// keeps nobody waiting.
+    fn attempt(
+        self: &Arc<Self>,
+        runtime: &Runtime,
+        endpoint: impl FnOnce() -> Result<Endpoint, tonic::transport::Error>,
+    ) -> Result<Attempt, StdError> {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let broken = self.broken.load(Ordering::Acquire);
+        if let Some(attempt) = latest.as_ref().filter(|attempt| attempt.number > broken) {
+            return Ok(attempt.clone());
         }
-        *connection = None;
-        if self.attempts.load(Ordering::Acquire) != before {
-            return Err("another call has just tried".into());
-        }
-        let opened = tokio::time::timeout(PATIENCE, endpoint()?.connect()).await;
-        let number = self.attempts.fetch_add(1, Ordering::AcqRel) + 1;
-        let open = Connection { channel: opened.map_err(|_| "it does not answer")??, number };
-        *connection = Some(open.clone());
-        Ok(open)
+        let (endpoint, number) = (endpoint()?, broken + 1);
+        let (answer, opened) = oneshot::channel();
+        let peer = self.clone();
+        runtime.spawn_connection(async move {
+            let opened = match tokio::time::timeout(PATIENCE, endpoint.connect()).await {
+                Ok(opened) => opened.map_err(|error| error.to_string()),
+                Err(_) => Err("it does not answer".into()),
+            };
+            if opened.is_err() {
+                peer.disconnect(number);
+            }
+            let _ = answer.send(opened);
+        });
+        Ok(latest.insert(Attempt { number, opened: opened.shared() }).clone())
     }
 
     /// Gives a connection up. Calls that are under way on it go on as far as they can.
