@@ -72,7 +72,7 @@ pub(super) async fn put(
         match (batch.put(session, keys).await, once.zip(lease)) {
             // Somebody revoked the lease of the record.
             (Err(Error::Etcd { source, .. }), Some(((_, leases), lease))) if is_lease_gone(&source) => {
-                leases.forget(lease).await;
+                leases.forget(lease);
             }
             (Err(error), _) => return Err(error),
             (Ok(None), _) => {}

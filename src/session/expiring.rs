@@ -4,6 +4,7 @@
 //! and at most half as long again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Client, LeaseGrantOptions};
@@ -20,12 +21,14 @@ pub(crate) struct Expiring {
     least: Duration,
     /// With the end of its period.
     current: Mutex<Option<(i64, Time)>>,
+    /// The last one that was gone before its time.
+    gone: AtomicI64,
 }
 
 impl Expiring {
     /// For records that live for at least this long.
     pub(crate) fn new(least: Duration) -> Self {
-        Self { least, current: Mutex::default() }
+        Self { least, current: Mutex::default(), gone: AtomicI64::new(0) }
     }
 
     /// The lease for a record that is put now. Grants one if the period is over.
@@ -46,6 +49,7 @@ impl Expiring {
             let sent = core.runtime.now();
             if let Some((lease, until)) = *current
                 && sent < until
+                && lease != self.gone.load(Ordering::Relaxed)
             {
                 return Ok(lease);
             }
@@ -72,10 +76,7 @@ impl Expiring {
     }
 
     /// The lease is gone before its time.
-    pub(crate) async fn forget(&self, lease: i64) {
-        let mut current = self.current.lock().await;
-        if current.is_some_and(|(current, _)| current == lease) {
-            *current = None;
-        }
+    pub(crate) fn forget(&self, lease: i64) {
+        self.gone.store(lease, Ordering::Relaxed);
     }
 }
