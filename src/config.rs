@@ -259,8 +259,9 @@ impl ConfigCache {
     /// A channel that always holds the newest value of a key; values in between may be missed.
     pub fn watch(&self, key: impl AsRef<[u8]>) -> channel::Receiver<Option<ConfigEntry>> {
         let own: Box<[u8]> = key.as_ref().into();
-        let value = move |state: &state::State| Some(state.entries.get(&own).cloned());
-        self.cache.followers.channel(key.as_ref(), || self.cache.state(), value)
+        let cache = Arc::downgrade(&self.cache);
+        let value = move || Some(cache.upgrade()?.get(&own));
+        self.cache.followers.channel(key.as_ref(), value)
     }
 
     /// The same, decoded; the last good value stays, as with [`get_as`](ConfigCache::get_as).
@@ -270,8 +271,8 @@ impl ConfigCache {
     {
         let own: Box<[u8]> = key.as_ref().into();
         let cache = Arc::downgrade(&self.cache);
-        let value = move |_: &state::State| cache.upgrade()?.get_as::<T>(&own).ok();
-        self.cache.followers.channel(key.as_ref(), || self.cache.state(), value)
+        let value = move || cache.upgrade()?.get_as::<T>(&own).ok();
+        self.cache.followers.channel(key.as_ref(), value)
     }
 
     /// Calls `handler` when something goes wrong: a value that does not decode, a handler that fails, a refusal by

@@ -95,7 +95,7 @@ impl Cache {
             _ => now.clone(),
         });
         if let Some(bad) = typed.bad() {
-            self.followers.report(&ConfigProblem::BadValue(bad));
+            self.followers.report(ConfigProblem::BadValue(bad));
         }
         typed.value().transpose()
     }
@@ -211,7 +211,7 @@ impl Cache {
         if matches!(error, Error::Closed) {
             return true;
         }
-        self.followers.report(&ConfigProblem::Refused { reason: error.to_string() });
+        self.followers.report(ConfigProblem::Refused { reason: error.to_string() });
         self.progress.send_modify(|progress| progress.refused = Some(error));
         tokio::time::sleep(REFUSED_PAUSE + core.runtime.jitter(REFUSED_PAUSE)).await;
         false
@@ -239,14 +239,13 @@ impl Cache {
                 .filter(|change| change.after.is_some())
                 .map(|change| state.typed.get(change.key()));
             bad.extend(typed.flatten().filter_map(|typed| typed.bad()));
-            state
         });
         self.progress.send_modify(|progress| {
             progress.revision = revision;
             progress.refused = None;
         });
         for bad in bad {
-            self.followers.report(&ConfigProblem::BadValue(bad));
+            self.followers.report(ConfigProblem::BadValue(bad));
         }
     }
 }

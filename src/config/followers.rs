@@ -1,5 +1,6 @@
 //! Those who follow the cache: streams, channels and handlers.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -43,7 +44,7 @@ pub struct ConfigHandler {
     _alive: Arc<()>,
 }
 
-/// Everybody who follows one cache. Its lock is never held while somebody else's code runs, nor by readers of the cache.
+/// Everybody who follows one cache. Its lock is never held while a handler runs, nor by readers of the cache.
 #[derive(Default)]
 pub(super) struct Followers {
     list: Mutex<List>,
@@ -54,12 +55,16 @@ struct List {
     number: u64,
     ended: bool,
     streams: Vec<(Pattern, Weak<Queue>)>,
-    channels: Vec<(Pattern, Box<dyn Channel>)>,
+    channels: Vec<(Pattern, Arc<dyn Channel>)>,
     /// All changes, for the task that calls the handlers.
     handlers: Option<Arc<Queue>>,
     /// Handlers that the task has not taken over yet.
     new: Vec<Handler>,
     on_problem: Vec<(Weak<()>, Arc<Mutex<CallOnProblem>>)>,
+    /// Problems that nobody has been told of yet.
+    problems: VecDeque<ConfigProblem>,
+    /// Somebody is telling them.
+    telling: bool,
 }
 
 pub(super) struct Handler {
@@ -72,22 +77,28 @@ pub(super) struct Handler {
 }
 
 /// The sending side of a channel that shows one key.
-trait Channel: Send {
-    fn send(&self, state: &State);
+trait Channel: Send + Sync {
+    /// Shows what is there now.
+    fn send(&self);
     fn is_closed(&self) -> bool;
 }
 
-struct Sender<T, F>(channel::Sender<T>, F);
+struct Sender<T, F> {
+    channel: channel::Sender<T>,
+    /// Held until it is shown, so that nobody shows an older one after it.
+    value: Mutex<F>,
+}
 
-impl<T: Send + Sync, F: Fn(&State) -> Option<T> + Send> Channel for Sender<T, F> {
-    fn send(&self, state: &State) {
-        if let Some(value) = (self.1)(state) {
-            self.0.send_replace(value);
+impl<T: Send + Sync, F: Fn() -> Option<T> + Send> Channel for Sender<T, F> {
+    fn send(&self) {
+        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = value() {
+            self.channel.send_replace(value);
         }
     }
 
     fn is_closed(&self) -> bool {
-        self.0.is_closed()
+        self.channel.is_closed()
     }
 }
 
@@ -97,13 +108,9 @@ impl Followers {
     }
 
     /// Publishes a new state with `publish` and tells everybody, in one step as seen by those who join.
-    pub(super) fn tell(
-        &self,
-        mut changes: Vec<ConfigChange>,
-        publish: impl FnOnce(&[ConfigChange]) -> Arc<State>,
-    ) {
+    pub(super) fn tell(&self, mut changes: Vec<ConfigChange>, publish: impl FnOnce(&[ConfigChange])) {
         let mut list = self.list();
-        let state = publish(&changes);
+        publish(&changes);
         list.number += 1;
         for change in &mut changes {
             change.number = list.number;
@@ -114,14 +121,14 @@ impl Followers {
             true
         });
         list.channels.retain(|(_, channel)| !channel.is_closed());
-        for (pattern, channel) in &list.channels {
-            if changes.iter().any(|change| pattern.matches(change.key())) {
-                channel.send(&state);
-            }
-        }
+        let changed = |pattern: &Pattern| changes.iter().any(|change| pattern.matches(change.key()));
+        let channels = list.channels.iter().filter(|(pattern, _)| changed(pattern));
+        let channels: Vec<_> = channels.map(|(_, channel)| channel.clone()).collect();
         if let Some(queue) = &list.handlers {
             queue.push(changes);
         }
+        drop(list);
+        channels.iter().for_each(|channel| channel.send());
     }
 
     /// A stream of what is there now, and then of every change.
@@ -136,18 +143,21 @@ impl Followers {
         ConfigChanges { queue }
     }
 
-    /// A channel that shows what `value` makes of the state; `None` keeps what it shows.
+    /// A channel that shows the `value` of a key now; `None` keeps what it shows.
     pub(super) fn channel<T: Default + Send + Sync + 'static>(
         &self,
         key: &[u8],
-        state: impl FnOnce() -> Arc<State>,
-        value: impl Fn(&State) -> Option<T> + Send + 'static,
+        value: impl Fn() -> Option<T> + Send + 'static,
     ) -> channel::Receiver<T> {
+        let (channel, mut receiver) = channel::channel(T::default());
+        let sender = Arc::new(Sender { channel, value: Mutex::new(value) });
         let mut list = self.list();
-        let (sender, receiver) = channel::channel(value(&state()).unwrap_or_default());
         if !list.ended {
-            list.channels.push((Pattern::Key(key.into()), Box::new(Sender(sender, value))));
+            list.channels.push((Pattern::Key(key.into()), sender.clone()));
         }
+        drop(list);
+        sender.send();
+        receiver.mark_unchanged();
         receiver
     }
 
@@ -186,18 +196,25 @@ impl Followers {
         ConfigHandler { _alive: alive }
     }
 
-    /// Tells those who want to know that something went wrong.
-    pub(super) fn report(&self, problem: &ConfigProblem) {
-        log(problem);
-        let calls: Vec<_> = {
-            let mut list = self.list();
-            list.on_problem.retain(|(alive, _)| alive.strong_count() > 0);
-            list.on_problem.iter().map(|(_, call)| call.clone()).collect()
-        };
-        for call in calls {
-            let mut call = call.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = catch_unwind(AssertUnwindSafe(|| call(problem)));
+    /// Tells those who want to know that something went wrong. What goes wrong while they are told is told after that.
+    pub(super) fn report(&self, problem: ConfigProblem) {
+        log(&problem);
+        let mut list = self.list();
+        list.problems.push_back(problem);
+        if std::mem::replace(&mut list.telling, true) {
+            return;
         }
+        while let Some(problem) = list.problems.pop_front() {
+            list.on_problem.retain(|(alive, _)| alive.strong_count() > 0);
+            let calls: Vec<_> = list.on_problem.iter().map(|(_, call)| call.clone()).collect();
+            drop(list);
+            for call in calls {
+                let mut call = call.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = catch_unwind(AssertUnwindSafe(|| call(&problem)));
+            }
+            list = self.list();
+        }
+        list.telling = false;
     }
 
     /// Nothing will change any more.
@@ -244,7 +261,7 @@ impl Followers {
             Ok(Err(error)) => error.to_string(),
             Err(panic) => format!("it panicked: {}", panic_message(&*panic)),
         };
-        self.report(&ConfigProblem::Handler { key: change.key().to_vec(), reason });
+        self.report(ConfigProblem::Handler { key: change.key().to_vec(), reason });
     }
 }
 
@@ -313,7 +330,7 @@ mod tests {
             followers.handler(Pattern::Prefix(Box::default()), move || state, Box::new(call)).0
         };
         let _first = handler("first", Arc::default());
-        followers.tell(vec![change.clone()], |_| state.clone());
+        followers.tell(vec![change.clone()], |_| ());
         let _second = handler("second", state.clone());
         followers.call_all(&mut followers.take_new(), &[ConfigChange { number: 1, ..change }]);
         assert_eq!(*calls.lock().unwrap_or_else(PoisonError::into_inner), ["second", "first"]);

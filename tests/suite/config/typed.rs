@@ -92,6 +92,54 @@ async fn a_value_that_was_never_good_is_an_error() {
 }
 
 #[tokio::test]
+async fn a_channel_whose_key_has_never_had_a_good_value_shows_none_until_it_has() {
+    scoped(async |scope| {
+        let session = session(scope).await;
+        put(scope, "limits", "not json").await;
+        let config = ConfigCache::open(&session, scope.name()).await.unwrap();
+        let problems = Arc::new(Mutex::new(Vec::new()));
+        let list = problems.clone();
+        let _handler = config.on_problem(move |problem| list.lock().unwrap().push(problem.clone()));
+        let mut there = config.watch_as::<Limits>("limits");
+        let mut to_come = config.watch_as::<Limits>("others");
+        assert!(there.borrow().is_none() && to_come.borrow().is_none());
+        put(scope, "others", "not json either").await;
+        eventually(PATIENCE, "both are reported", async || problems.lock().unwrap().len() == 2).await;
+        assert!(!there.has_changed().unwrap() && to_come.borrow().is_none());
+        for (key, channel) in [("limits", &mut there), ("others", &mut to_come)] {
+            put(scope, key, r#"{"requests": 1}"#).await;
+            let shown = channel.wait_for(Option::is_some);
+            tokio::time::timeout(PATIENCE, shown).await.expect("it shows nothing").unwrap();
+        }
+        wipe(scope).await;
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_is_told_of_a_bad_value_may_find_another() {
+    scoped(async |scope| {
+        let session = session(scope).await;
+        put(scope, "one", "not json").await;
+        put(scope, "other", "not json either").await;
+        let config = Arc::new(ConfigCache::open(&session, scope.name()).await.unwrap());
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let (list, cache) = (told.clone(), Arc::downgrade(&config));
+        let _handler = config.on_problem(move |problem| {
+            let ConfigProblem::BadValue(bad) = problem else { panic!("{problem:?}") };
+            list.lock().unwrap().push(String::from_utf8(bad.key.clone()).unwrap());
+            assert!(cache.upgrade().unwrap().get_as::<Limits>("other").is_err());
+        });
+        assert!(config.get_as::<Limits>("one").is_err());
+        assert_eq!(*told.lock().unwrap(), ["one", "other"]);
+        wipe(scope).await;
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_decoder_that_panics_hurts_only_its_key() {
     #[derive(Debug)]
     struct Touchy;
