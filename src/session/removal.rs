@@ -2,6 +2,7 @@
 //! late copy of one finds nothing to do.
 
 use std::sync::Arc;
+use std::task::Poll;
 
 use etcd_client::proto::PbResponseOp;
 use etcd_client::{Compare, Txn, TxnOp};
@@ -85,11 +86,16 @@ impl Core {
         }
     }
 
-    /// Runs `work` in the session, to its end whatever becomes of the caller.
+    /// Runs `work` in the session, to its end whatever becomes of the caller. It begins at once: what it sends first goes
+    /// before what tasks send that are ready already.
     pub(crate) async fn to_the_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
+        let mut work = Box::pin(work);
+        if let Poll::Ready(result) = self.runtime.begin(work.as_mut()) {
+            return result;
+        }
         let (answer, answered) = oneshot::channel();
         self.runtime.spawn(async move {
             // Nobody may wait for it any more.

@@ -2,7 +2,9 @@
 //! random number or spawns. Timers are tokio's.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 
 use tokio::runtime::Handle;
@@ -133,12 +135,24 @@ impl Runtime {
         self.tasks.spawn_on(Box::pin(work), &self.handle).abort_handle()
     }
 
-    /// Runs the task of a connection, which ends with the last client that has it: nobody waits for that.
+    /// Runs the task of a connection, or of an attempt to make one. It ends with the last client that has it: nobody waits
+    /// for that.
     pub(crate) fn spawn_connection<F>(&self, connection: F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         self.handle.spawn(connection);
+    }
+
+    /// The first step of work that is to be spawned. Only where tasks run: its timers belong to the runtime it begins in,
+    /// which may end before.
+    pub(crate) fn begin<T>(&self, work: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        match Handle::try_current() {
+            Ok(current) if current.id() == self.handle.id() => {
+                work.poll(&mut Context::from_waker(Waker::noop()))
+            }
+            _ => Poll::Pending,
+        }
     }
 
     /// Runs code that may block, on a thread for that. `None` if the runtime ends.

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use crate::support::check::{Scope, eventually, scoped};
 use crate::support::etcd;
-use crate::support::faults::{Fault, Faults};
+use crate::support::faults::{Fault, Faults, Until};
 use crate::support::foreign::Foreign;
 use crate::support::server::PATIENCE;
 use crate::support::sessions::{connect, create_revision, session, waits};
@@ -233,6 +233,35 @@ async fn a_waiter_is_not_passed_by_who_comes_later() {
         second.await.unwrap().unlock().await.unwrap();
         a.close().await.unwrap();
         b.close().await.unwrap();
+    })
+    .await;
+}
+
+/// As in a `select` that went on with something else.
+#[tokio::test]
+async fn an_unlock_that_is_not_polled_any_more_hands_over() {
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let session = connect(scope, Session::builder_with_client(faults.client().await)).await;
+        let mutex = Mutex::new(&session, scope.name()).unwrap();
+        let guard = mutex.lock().await.unwrap();
+        let next = enter(scope, &mutex, 2).await;
+        let held = faults.on("Txn").containing(scope.name()).inject(Fault::Hold(Until::Released));
+        let mut unlock = Box::pin(guard.unlock());
+        assert!(futures::poll!(&mut unlock).is_pending());
+        held.hit(1).await;
+        // It enters while the release is on its way.
+        let last = tokio::spawn({
+            let mutex = mutex.clone();
+            async move { mutex.lock().await.unwrap() }
+        });
+        in_line(scope, 3).await;
+        held.release();
+        let next = tokio::time::timeout(PATIENCE, next).await.expect("it was not handed over").unwrap();
+        next.unlock().await.unwrap();
+        last.await.unwrap().unlock().await.unwrap();
+        unlock.await.unwrap();
+        session.close().await.unwrap();
     })
     .await;
 }

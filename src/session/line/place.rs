@@ -150,7 +150,10 @@ impl Place {
     /// When dropped, leaving goes on in the background.
     pub(crate) async fn leave(mut self) -> Result<()> {
         let Some(held) = self.held.take() else { return Err(self.facts.error()) };
-        if held.leave(self.session.core()).await? { Ok(()) } else { Err(self.facts.error()) }
+        let core = self.session.core().clone();
+        // In a task: others wait for the hand-over, and a caller that is not polled any more is not to hold it up.
+        let leave = async move { held.leave(&core).await };
+        if self.session.core().to_the_end(leave).await? { Ok(()) } else { Err(self.facts.error()) }
     }
 }
 
