@@ -26,6 +26,9 @@ const PING_EVERY: Duration = Duration::from_secs(10);
 /// All of connecting, with the lookup of the name and TLS, is given up after this long. Not as short as the limit for an
 /// address: a slow lookup would be thrown away each time.
 pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// How much of all answers together may be on its way over a connection, in bytes. A caller who is not polled any more
+/// does not take its answer, of which 2 MiB come; that is not to keep the others from theirs, so there is room for many.
+const WINDOW: u32 = 256 << 20;
 /// A connection is given up when a ping is not answered for this long.
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -97,6 +100,7 @@ impl Dial {
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(false)
+            .initial_connection_window_size(WINDOW)
             .executor(Gather { runtime, under_way });
         #[cfg(any(feature = "tls", feature = "tls-aws-lc"))]
         let endpoint = if url.starts_with("https") {

@@ -1,9 +1,9 @@
 //! Elections: candidates, the leader, what it proclaims, and how it ends.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use etcd_recipes::etcd_client::{Txn, TxnOp};
-use etcd_recipes::{Election, Error, Leadership, Session};
+use etcd_recipes::{Election, Error, Leadership, Mutex, Session};
 use futures::{StreamExt as _, poll};
 
 use crate::support::check::{Scope, eventually, scoped};
@@ -155,6 +155,39 @@ async fn proclamations_that_are_not_polled_any_more_keep_nobody_waiting() {
         assert_eq!(said(&election).await.unwrap(), "3");
         assert_eq!(version(scope, leadership.key()).await, Some(4));
         leadership.resign().await.unwrap();
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+/// Nobody takes their answers, of more than the connection's window has room for by default.
+#[tokio::test]
+async fn large_reads_that_are_not_polled_any_more_keep_nobody_waiting() {
+    scoped(async |scope| {
+        let session = session(scope).await;
+        let name = scope.key("election");
+        let election = Election::new(&session, &name).unwrap();
+        let mutex = Mutex::new(&session, scope.key("lock")).unwrap();
+        for number in 0..3 {
+            scope.client().put(format!("{name}/{number}"), vec![b'x'; 1 << 20], None).await.unwrap();
+        }
+        // Now it is connected: a read is sent with its first poll.
+        mutex.lock().await.unwrap().unlock().await.unwrap();
+        let mut reads: Vec<_> = (0..4).map(|_| Box::pin(election.candidates())).collect();
+        for read in &mut reads {
+            assert!(poll!(read).is_pending());
+        }
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(1) {
+            let guard = tokio::time::timeout(PATIENCE, mutex.lock()).await.expect("they wait for the reads");
+            guard.unwrap().unlock().await.unwrap();
+        }
+        for read in reads {
+            assert_eq!(read.await.unwrap().len(), 3);
+        }
+        for number in 0..3 {
+            scope.client().delete(format!("{name}/{number}"), None).await.unwrap();
+        }
         session.close().await.unwrap();
     })
     .await;
