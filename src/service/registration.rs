@@ -1,10 +1,9 @@
 //! An instance that is registered.
 
+use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-use tokio::sync::watch;
 
 use super::{Format, FormatError, Instance};
 use crate::error::{Error, Result};
@@ -26,40 +25,26 @@ use crate::session::kept::{KeptKey, Standing};
 pub struct Registration {
     format: Arc<dyn Format>,
     key: KeptKey,
-    shown: watch::Sender<Shown>,
+    instances: Arc<Mutex<Instances>>,
+    /// Each change is made on top of the one before. Not that of the instances, at which the change may look.
+    changing: Mutex<()>,
     /// A registration keeps its session open.
     session: Session,
 }
 
-/// What a registration shows of itself.
-struct Shown {
-    instance: Arc<Instance>,
-    /// Updates follow one another.
-    updating: bool,
+/// The states of an instance.
+struct Instances {
+    /// The newest that is known to be in effect, and its number.
+    written: (u64, Arc<Instance>),
+    /// Those that are being written, by number.
+    under_way: BTreeMap<u64, Arc<Instance>>,
+    number: u64,
 }
 
-/// An update that is under way in the session. Undone when it is dropped, unless it has come into effect.
-struct Updating {
-    shown: watch::Sender<Shown>,
-    before: Arc<Instance>,
-    done: bool,
-}
-
-impl Updating {
-    fn end(mut self, done: bool) {
-        self.done = done;
-    }
-}
-
-impl Drop for Updating {
-    fn drop(&mut self) {
-        self.shown.send_modify(|shown| {
-            shown.updating = false;
-            if !self.done {
-                shown.instance = self.before.clone();
-            }
-        });
-    }
+/// An update that is being written. Undone when it is dropped.
+struct Update {
+    instances: Arc<Mutex<Instances>>,
+    number: u64,
 }
 
 /// What is known of a registration; see [`Registration::state`].
@@ -115,13 +100,14 @@ impl Registration {
     pub(super) async fn new(session: &Session, format: Arc<dyn Format>, instance: Instance) -> Result<Self> {
         let Written { prefix, key, value } = Written::new(&*format, session, &instance)?;
         let key = session.core().keep(prefix, key, value).await?;
-        let shown = watch::Sender::new(Shown { instance: Arc::new(instance), updating: false });
-        Ok(Self { format, key, shown, session: session.clone() })
+        let instances = Instances { written: (0, Arc::new(instance)), under_way: BTreeMap::new(), number: 0 };
+        let (instances, changing) = (Arc::new(Mutex::new(instances)), Mutex::default());
+        Ok(Self { format, key, instances, changing, session: session.clone() })
     }
 
     /// The instance as it was registered or updated last.
     pub fn instance(&self) -> Arc<Instance> {
-        self.shown.borrow().instance.clone()
+        lock(&self.instances).newest().clone()
     }
 
     /// The key that stands for it.
@@ -150,8 +136,8 @@ impl Registration {
 
     /// Changes weight, metadata, tags or whatever else the key does not depend on. Discovery sees it at once, in place.
     ///
-    /// Updates take effect one after the other, each on top of what the one before it has left. While the registration is
-    /// away, an update comes into effect when it is back.
+    /// Updates take effect in the order in which they are called, each on top of the one before; several at once may be
+    /// written as one. While the registration is away, an update comes into effect when it is back.
     ///
     /// # Errors
     ///
@@ -161,7 +147,7 @@ impl Registration {
     ///
     /// # Cancel safety
     ///
-    /// When dropped, the update goes on in the background if it was sent.
+    /// When dropped, the update goes on in the background.
     ///
     /// # Examples
     ///
@@ -171,37 +157,28 @@ impl Registration {
     /// # Ok(()) }
     /// ```
     pub async fn update(&self, change: impl FnOnce(&mut Instance)) -> Result<()> {
-        let updating = self.begin().await;
-        let mut instance = Instance::clone(&updating.before);
-        change(&mut instance);
-        let Written { key, value, .. } = Written::new(&*self.format, &self.session, &instance)?;
-        if key != self.key.key() {
-            return Err(Error::InvalidInstance {
-                what: name::display(format!("{} {}", instance.service, instance.id).as_bytes()),
-                reason: "the change would move it to another key; register it anew".into(),
-            });
-        }
-        let updated = self.key.update(value)?;
-        self.shown.send_modify(|shown| shown.instance = Arc::new(instance));
-        let update = async move {
-            let result = updated.await;
-            updating.end(result.is_ok());
+        let (update, written) = {
+            let _turn = lock(&self.changing);
+            let mut instance = Instance::clone(&self.instance());
+            change(&mut instance);
+            let Written { key, value, .. } = Written::new(&*self.format, &self.session, &instance)?;
+            if key != self.key.key() {
+                return Err(Error::InvalidInstance {
+                    what: name::display(format!("{} {}", instance.service, instance.id).as_bytes()),
+                    reason: "the change would move it to another key; register it anew".into(),
+                });
+            }
+            let written = self.key.update(value)?;
+            (Update::new(&self.instances, instance), written)
+        };
+        let settle = async move {
+            let result = written.await;
+            if result.is_ok() {
+                update.done();
+            }
             result
         };
-        self.session.core().to_the_end(update).await
-    }
-
-    /// Waits until no update is under way, and begins one.
-    async fn begin(&self) -> Updating {
-        let mut shown = self.shown.subscribe();
-        loop {
-            // Whoever waits has no claim on the turn: who is not polled keeps nobody waiting.
-            let _ = shown.wait_for(|shown| !shown.updating).await;
-            if self.shown.send_if_modified(|shown| !std::mem::replace(&mut shown.updating, true)) {
-                let before = self.instance();
-                return Updating { shown: self.shown.clone(), before, done: false };
-            }
-        }
+        self.session.core().to_the_end(settle).await
     }
 
     /// Removes the registration, if it is still the newest of its id. Goes on until etcd has confirmed, or the lease is
@@ -245,5 +222,42 @@ impl std::fmt::Debug for Registration {
             .field("key", &name::display(self.key()))
             .field("state", &self.state())
             .finish_non_exhaustive()
+    }
+}
+
+// === impl Instances ===
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Instances {
+    fn newest(&self) -> &Arc<Instance> {
+        self.under_way.last_key_value().map_or(&self.written.1, |(_, instance)| instance)
+    }
+}
+
+impl Update {
+    fn new(instances: &Arc<Mutex<Instances>>, instance: Instance) -> Self {
+        let mut now = lock(instances);
+        now.number += 1;
+        let number = now.number;
+        now.under_way.insert(number, Arc::new(instance));
+        Self { instances: instances.clone(), number }
+    }
+
+    fn done(self) {
+        let mut now = lock(&self.instances);
+        if let Some(instance) = now.under_way.remove(&self.number)
+            && now.written.0 < self.number
+        {
+            now.written = (self.number, instance);
+        }
+    }
+}
+
+impl Drop for Update {
+    fn drop(&mut self) {
+        lock(&self.instances).under_way.remove(&self.number);
     }
 }

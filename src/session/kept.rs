@@ -130,7 +130,7 @@ impl KeptKey {
     }
 
     /// Puts another value, if the key is still ours; the future waits for what comes of it. Of several at once the last
-    /// one called stands.
+    /// stands, and if etcd refuses that, the one before it.
     pub(crate) fn update(
         &self,
         value: Vec<u8>,

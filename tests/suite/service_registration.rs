@@ -98,6 +98,28 @@ async fn updates_that_are_not_polled_any_more_keep_nobody_waiting() {
 }
 
 #[tokio::test]
+async fn updates_that_were_given_up_while_etcd_is_away_come_into_effect() {
+    scoped(async |scope| {
+        let faults = Faults::new(scope.endpoint());
+        let session = connect(scope, Session::builder_with_client(faults.client().await)).await;
+        let registration = services(scope, &session).register(instance("a")).await.unwrap();
+        let away = faults.on("Txn").always().inject(Fault::FailBefore);
+        for number in 2..5 {
+            let mut given_up = Box::pin(registration.update(|instance| instance.weight = number));
+            assert!(poll!(&mut given_up).is_pending());
+            away.hit(1).await;
+        }
+        assert_eq!(registration.instance().weight, 4);
+        faults.clear();
+        let last = async || weight(scope, &registration).await == Some(json!(4));
+        eventually(PATIENCE, "the last is there", last).await;
+        registration.deregister().await.unwrap();
+        session.close().await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn dropped_registration_is_deregistered() {
     scoped(async |scope| {
         let session = session(scope).await;

@@ -34,10 +34,16 @@ pub(super) struct Key {
     deleted: i64,
     /// The last put of somebody else heard of.
     foreign: i64,
-    /// Told of the value being there, or of why it is not.
-    updates: Vec<oneshot::Sender<Result<()>>>,
+    /// Those that are not in effect yet; each contains those before it.
+    updates: Vec<Update>,
     /// Waits between attempts that are refused.
     pub(super) refused: Option<Box<Backoff>>,
+}
+
+/// A value that its owner wants to be there, and who is told that it is, or why not.
+struct Update {
+    value: Arc<[u8]>,
+    answer: oneshot::Sender<Result<()>>,
 }
 
 /// What its owner wants.
@@ -96,7 +102,7 @@ impl Key {
             Phase::Leaving(answers) => answers.into_iter().for_each(|answer| drop(answer.send(Ok(())))),
         }
         for update in std::mem::take(&mut self.updates) {
-            let _ = update.send(Err(self.superseded()));
+            let _ = update.answer.send(Err(self.superseded()));
         }
         (self.owner, self.value) = (Arc::default(), value);
         (self.put, self.refused) = (None, None);
@@ -107,9 +113,9 @@ impl Key {
     }
 
     pub(super) fn update(&mut self, value: Arc<[u8]>, answer: oneshot::Sender<Result<()>>) {
-        self.value = value;
+        self.value = value.clone();
         self.refused = None;
-        self.updates.push(answer);
+        self.updates.push(Update { value, answer });
     }
 
     /// To be deleted. `lease` is that of now, or 0.
@@ -220,9 +226,9 @@ impl Key {
         (self.last, self.lease, self.refused) = (revision, lease, None);
         // Those leases were over before.
         self.unanswered = Vec::new();
-        if Arc::ptr_eq(&value, &self.value) {
-            self.updates.drain(..).for_each(|update| drop(update.send(Ok(()))));
-        }
+        let newest = self.updates.iter().rposition(|update| Arc::ptr_eq(&value, &update.value));
+        let updates = self.updates.drain(..newest.map_or(0, |newest| newest + 1));
+        updates.for_each(|update| drop(update.answer.send(Ok(()))));
         self.put = Some(value);
         if self.foreign > revision {
             return self.end(Err(self.superseded()));
@@ -256,13 +262,10 @@ impl Key {
             Phase::Having if !newest => return Next::Go,
             Phase::Having => {
                 if let Some(update) = self.updates.pop() {
-                    // The last value that was good stays.
-                    self.value = self.put.clone().unwrap_or_else(|| self.value.clone());
-                    // Those before it were not sent: this one replaced them.
-                    for earlier in self.updates.drain(..) {
-                        let _ = earlier.send(Err(Error::Lost { key: name::display(&self.name) }));
-                    }
-                    let _ = update.send(Err(error));
+                    // The one before it is tried by itself; with none, the last value that was good stays.
+                    let before = self.updates.last().map(|update| &update.value).or(self.put.as_ref());
+                    self.value = before.unwrap_or(&self.value).clone();
+                    let _ = update.answer.send(Err(error));
                     return Next::Go;
                 }
             }
@@ -328,7 +331,7 @@ impl Key {
         }
         let updates = std::mem::take(&mut self.updates);
         for update in updates {
-            let _ = update.send(Err(super::over(&self.name, &self.owner)));
+            let _ = update.answer.send(Err(super::over(&self.name, &self.owner)));
         }
         match std::mem::replace(&mut self.phase, Phase::Having) {
             Phase::Taking(answer) => drop(answer.send(Err(result.err().unwrap_or(Error::Closed)))),

@@ -216,6 +216,38 @@ async fn after_a_refused_update_the_last_good_state_comes_back() {
     .await;
 }
 
+/// Three at once, of which two are written as one.
+#[tokio::test]
+async fn an_update_that_is_refused_does_not_concern_those_before_it() {
+    scoped(async |scope| {
+        let rig = Rig::new(scope, "service").await;
+        let services = services(scope, &rig.session);
+        let registration =
+            services.register(Instance::new("courseware", "127.0.0.1:8400").id("a")).await.unwrap();
+        let arm = || rig.faults.on("Txn").containing("courseware/a");
+        let refused = rig.faults.on("Txn").containing(VALUE).always().inject(Fault::FailWith(denied()));
+        let first = arm().inject(Fault::Hold(Until::Released));
+        let one = registration.update(|instance| instance.weight = 2);
+        let two = registration.update(|instance| instance.tags.push("blue".into()));
+        let three = registration.update(|instance| instance.version = VALUE.into());
+        let release = async {
+            first.hit(1).await;
+            first.release();
+        };
+        let (one, two, three, ()) = tokio::join!(one, two, three, release);
+        assert!(one.is_ok() && two.is_ok(), "{one:?} {two:?}");
+        assert!(matches!(three, Err(Error::PermissionDenied { .. })), "{three:?}");
+        assert_eq!(refused.hits(), 1);
+        let shown = registration.instance();
+        assert_eq!((shown.weight, shown.tags.len(), shown.version.as_str()), (2, 1, ""));
+        let there = scope.client().get(scope.key("courseware/a"), None).await.unwrap();
+        assert!(there.kvs()[0].value_str().unwrap().contains("blue"));
+        registration.deregister().await.unwrap();
+        rig.close().await;
+    })
+    .await;
+}
+
 /// What was applied compares nothing that is left to look at, and it cannot be fenced: nobody guesses.
 #[tokio::test]
 async fn what_cannot_be_told_is_unknown() {
