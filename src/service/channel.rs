@@ -15,7 +15,7 @@ use tonic::codegen::{BoxFuture, Service, StdError};
 use tonic::transport::Endpoint;
 
 use self::body::{Counted, Unsent};
-use self::peer::Peer;
+use self::peer::{Peer, causes, chain};
 use super::{Balancer, Discovery, Instance, Policy};
 
 /// How an instance is connected to.
@@ -182,8 +182,9 @@ impl Shared {
             }
             peer.disconnect(connection.number());
             pick.failed();
-            tracing::debug!(service = self.discovery.service(), address, error, "connection lost");
-            last = Some(format!("lost the connection to {address}: {error}"));
+            let told = causes(&*error);
+            tracing::debug!(service = self.discovery.service(), address, error = told, "connection lost");
+            last = Some(format!("lost the connection to {address}: {told}"));
             // The connection was gone before the call, and nothing of it was sent.
             body = unsent.take().filter(|_| find::<tonic::ConnectError>(&error));
             if body.is_none() {
@@ -197,14 +198,7 @@ impl Shared {
 
 /// Whether an error, or what caused it, is of this type.
 fn find<E: std::error::Error + 'static>(error: &StdError) -> bool {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error.as_ref());
-    while let Some(error) = next {
-        if error.is::<E>() {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+    chain(&**error).any(|error| error.is::<E>())
 }
 
 impl Service<Request<Body>> for ServiceChannel {

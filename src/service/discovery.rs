@@ -124,7 +124,7 @@ struct Shared {
     freshness: Freshness,
     service: String,
     task: AbortHandle,
-    /// Stays open.
+    /// A handle keeps it open.
     #[cfg_attr(not(feature = "tonic"), expect(dead_code))]
     session: Session,
 }

@@ -57,28 +57,35 @@ impl Peer {
         runtime: &Runtime,
         endpoint: impl FnOnce() -> Result<Endpoint, tonic::transport::Error>,
     ) -> Result<Connection, StdError> {
-        let Attempt { number, opened } = self.attempt(runtime, endpoint)?;
-        Ok(Connection { channel: opened.await??, number })
+        let Attempt { number, opened } = match self.latest() {
+            Some(attempt) => attempt,
+            None => self.attempt(runtime, endpoint().map_err(|error| causes(&error))?),
+        };
+        let opened = opened.await.inspect_err(|_| self.disconnect(number));
+        let channel = opened.map_err(|_| "the runtime of the session has ended")??;
+        Ok(Connection { channel, number })
     }
 
-    /// The attempt that is under way or has succeeded, or a new one. It is made in the session: a call that is not polled
+    /// The last attempt, if it is under way or has succeeded.
+    fn latest(&self) -> Option<Attempt> {
+        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let broken = self.broken.load(Ordering::Acquire);
+        latest.clone().filter(|attempt| attempt.number > broken)
+    }
+
+    /// A new attempt, unless another call has begun one meanwhile. It is made in the session: a call that is not polled
     /// keeps nobody waiting.
-    fn attempt(
-        self: &Arc<Self>,
-        runtime: &Runtime,
-        endpoint: impl FnOnce() -> Result<Endpoint, tonic::transport::Error>,
-    ) -> Result<Attempt, StdError> {
+    fn attempt(self: &Arc<Self>, runtime: &Runtime, endpoint: Endpoint) -> Attempt {
         let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         let broken = self.broken.load(Ordering::Acquire);
         if let Some(attempt) = latest.as_ref().filter(|attempt| attempt.number > broken) {
-            return Ok(attempt.clone());
+            return attempt.clone();
         }
-        let (endpoint, number) = (endpoint()?, broken + 1);
         let (answer, opened) = oneshot::channel();
-        let peer = self.clone();
+        let (peer, number) = (self.clone(), broken + 1);
         runtime.spawn_connection(async move {
             let opened = match tokio::time::timeout(PATIENCE, endpoint.connect()).await {
-                Ok(opened) => opened.map_err(|error| error.to_string()),
+                Ok(opened) => opened.map_err(|error| causes(&error)),
                 Err(_) => Err("it does not answer".into()),
             };
             if opened.is_err() {
@@ -86,7 +93,7 @@ impl Peer {
             }
             let _ = answer.send(opened);
         });
-        Ok(latest.insert(Attempt { number, opened: opened.shared() }).clone())
+        latest.insert(Attempt { number, opened: opened.shared() }).clone()
     }
 
     /// Gives a connection up. Calls that are under way on it go on as far as they can.
@@ -109,4 +116,16 @@ impl Connection {
         poll_fn(|context| channel.poll_ready(context)).await?;
         channel.call(request).await
     }
+}
+
+/// An error, and those that caused it.
+pub(super) fn chain<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+/// What they say.
+pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
