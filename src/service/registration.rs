@@ -5,6 +5,8 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+
 use super::{Format, FormatError, Instance};
 use crate::error::{Error, Result};
 use crate::name::{self, Prefix};
@@ -34,8 +36,8 @@ pub struct Registration {
 
 /// The states of an instance.
 struct Instances {
-    /// The newest that is known to be in effect, and its number.
-    written: (u64, Arc<Instance>),
+    /// The newest that is known to be in effect.
+    written: Arc<Instance>,
     /// Those that are being written, by number.
     under_way: BTreeMap<u64, Arc<Instance>>,
     number: u64,
@@ -100,7 +102,7 @@ impl Registration {
     pub(super) async fn new(session: &Session, format: Arc<dyn Format>, instance: Instance) -> Result<Self> {
         let Written { prefix, key, value } = Written::new(&*format, session, &instance)?;
         let key = session.core().keep(prefix, key, value).await?;
-        let instances = Instances { written: (0, Arc::new(instance)), under_way: BTreeMap::new(), number: 0 };
+        let instances = Instances { written: Arc::new(instance), under_way: BTreeMap::new(), number: 0 };
         let (instances, changing) = (Arc::new(Mutex::new(instances)), Mutex::default());
         Ok(Self { format, key, instances, changing, session: session.clone() })
     }
@@ -138,6 +140,7 @@ impl Registration {
     ///
     /// Updates take effect in the order in which they are called, each on top of the one before; several at once may be
     /// written as one. While the registration is away, an update comes into effect when it is back.
+    /// `change` is called at once, and cannot itself update this registration.
     ///
     /// # Errors
     ///
@@ -157,7 +160,8 @@ impl Registration {
     /// # Ok(()) }
     /// ```
     pub async fn update(&self, change: impl FnOnce(&mut Instance)) -> Result<()> {
-        let (update, written) = {
+        let (answer, answered) = oneshot::channel();
+        {
             let _turn = lock(&self.changing);
             let mut instance = Instance::clone(&self.instance());
             change(&mut instance);
@@ -168,17 +172,14 @@ impl Registration {
                     reason: "the change would move it to another key; register it anew".into(),
                 });
             }
-            let written = self.key.update(value)?;
-            (Update::new(&self.instances, instance), written)
-        };
-        let settle = async move {
-            let result = written.await;
-            if result.is_ok() {
-                update.done();
-            }
-            result
-        };
-        self.session.core().to_the_end(settle).await
+            let update = Update::new(&self.instances, instance);
+            let settle = move |result: Result<()>| {
+                update.end(result.is_ok());
+                let _ = answer.send(result);
+            };
+            self.key.update(value, settle)?;
+        }
+        answered.await.unwrap_or(Err(Error::Closed))
     }
 
     /// Removes the registration, if it is still the newest of its id. Goes on until etcd has confirmed, or the lease is
@@ -233,7 +234,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Instances {
     fn newest(&self) -> &Arc<Instance> {
-        self.under_way.last_key_value().map_or(&self.written.1, |(_, instance)| instance)
+        self.under_way.last_key_value().map_or(&self.written, |(_, instance)| instance)
     }
 }
 
@@ -246,12 +247,10 @@ impl Update {
         Self { instances: instances.clone(), number }
     }
 
-    fn done(self) {
+    fn end(self, in_effect: bool) {
         let mut now = lock(&self.instances);
-        if let Some(instance) = now.under_way.remove(&self.number)
-            && now.written.0 < self.number
-        {
-            now.written = (self.number, instance);
+        if let Some(instance) = now.under_way.remove(&self.number).filter(|_| in_effect) {
+            now.written = instance;
         }
     }
 }

@@ -56,10 +56,12 @@ pub(crate) enum Standing {
     Removed,
 }
 
-#[derive(Debug)]
+/// What is to be done when it is known what came of an update.
+type Settle = Box<dyn FnOnce(Result<()>) + Send>;
+
 enum Command {
     Keep { prefix: Prefix, key: Arc<[u8]>, value: Arc<[u8]>, answer: oneshot::Sender<Result<KeptKey>> },
-    Update { key: Arc<[u8]>, owner: Arc<Status>, value: Arc<[u8]>, answer: oneshot::Sender<Result<()>> },
+    Update { key: Arc<[u8]>, owner: Arc<Status>, value: Arc<[u8]>, settle: Settle },
     Remove { key: Arc<[u8]>, owner: Arc<Status>, answer: Option<oneshot::Sender<Result<()>>> },
 }
 
@@ -129,17 +131,19 @@ impl KeptKey {
         }
     }
 
-    /// Puts another value, if the key is still ours; the future waits for what comes of it. Of several at once the last
-    /// stands, and if etcd refuses that, the one before it.
+    /// Puts another value, if the key is still ours. Of several at once the last stands, and if etcd refuses that, the one
+    /// before it. `settle` is called with what came of it, in the order of the updates that are in effect; it is dropped
+    /// when the session ends.
     pub(crate) fn update(
         &self,
         value: Vec<u8>,
-    ) -> Result<impl Future<Output = Result<()>> + Send + 'static + use<>> {
+        settle: impl FnOnce(Result<()>) + Send + 'static,
+    ) -> Result<()> {
         name::check_value(&value)?;
-        let (answer, answered) = oneshot::channel();
         let (key, owner) = (self.key.clone(), self.status.clone());
-        let _ = self.commands.send(Command::Update { key, owner, value: value.into(), answer });
-        Ok(async { answered.await.unwrap_or(Err(Error::Closed)) })
+        let settle = Box::new(settle);
+        let _ = self.commands.send(Command::Update { key, owner, value: value.into(), settle });
+        Ok(())
     }
 
     /// Deletes the key, if it is still ours.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
-use super::{Command, KeptKey, Standing, Status};
+use super::{Command, KeptKey, Settle, Standing, Status};
 use crate::error::{Error, Result};
 use crate::name::{self, Prefix};
 use crate::session::batch::{Op, Outcome, What};
@@ -38,12 +38,14 @@ pub(super) struct Key {
     updates: Vec<Update>,
     /// Waits between attempts that are refused.
     pub(super) refused: Option<Box<Backoff>>,
+    /// Such a wait is under way.
+    pub(super) waits: bool,
 }
 
-/// A value that its owner wants to be there, and who is told that it is, or why not.
+/// A value that its owner wants to be there.
 struct Update {
     value: Arc<[u8]>,
-    answer: oneshot::Sender<Result<()>>,
+    settle: Settle,
 }
 
 /// What its owner wants.
@@ -89,6 +91,7 @@ impl Key {
             foreign: 0,
             updates: Vec::new(),
             refused: None,
+            waits: false,
         }
     }
 
@@ -102,7 +105,7 @@ impl Key {
             Phase::Leaving(answers) => answers.into_iter().for_each(|answer| drop(answer.send(Ok(())))),
         }
         for update in std::mem::take(&mut self.updates) {
-            let _ = update.answer.send(Err(self.superseded()));
+            (update.settle)(Err(self.superseded()));
         }
         (self.owner, self.value) = (Arc::default(), value);
         (self.put, self.refused) = (None, None);
@@ -112,10 +115,10 @@ impl Key {
         Arc::ptr_eq(&self.owner, owner)
     }
 
-    pub(super) fn update(&mut self, value: Arc<[u8]>, answer: oneshot::Sender<Result<()>>) {
+    pub(super) fn update(&mut self, value: Arc<[u8]>, settle: Settle) {
         self.value = value.clone();
         self.refused = None;
-        self.updates.push(Update { value, answer });
+        self.updates.push(Update { value, settle });
     }
 
     /// To be deleted. `lease` is that of now, or 0.
@@ -228,7 +231,7 @@ impl Key {
         self.unanswered = Vec::new();
         let newest = self.updates.iter().rposition(|update| Arc::ptr_eq(&value, &update.value));
         let updates = self.updates.drain(..newest.map_or(0, |newest| newest + 1));
-        updates.for_each(|update| drop(update.answer.send(Ok(()))));
+        updates.for_each(|update| (update.settle)(Ok(())));
         self.put = Some(value);
         if self.foreign > revision {
             return self.end(Err(self.superseded()));
@@ -265,7 +268,11 @@ impl Key {
                     // The one before it is tried by itself; with none, the last value that was good stays.
                     let before = self.updates.last().map(|update| &update.value).or(self.put.as_ref());
                     self.value = before.unwrap_or(&self.value).clone();
-                    let _ = update.answer.send(Err(error));
+                    (update.settle)(Err(error));
+                    // Heard of while this was under way.
+                    if self.foreign > self.last {
+                        return self.end(Err(self.superseded()));
+                    }
                     return Next::Go;
                 }
             }
@@ -331,7 +338,7 @@ impl Key {
         }
         let updates = std::mem::take(&mut self.updates);
         for update in updates {
-            let _ = update.answer.send(Err(super::over(&self.name, &self.owner)));
+            (update.settle)(Err(super::over(&self.name, &self.owner)));
         }
         match std::mem::replace(&mut self.phase, Phase::Having) {
             Phase::Taking(answer) => drop(answer.send(Err(result.err().unwrap_or(Error::Closed)))),
@@ -349,3 +356,7 @@ impl Key {
         Error::Superseded { key: name::display(&self.name) }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

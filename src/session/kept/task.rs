@@ -122,7 +122,12 @@ impl Task {
                         self.hear(heard);
                     }
                 }
-                Some(key) = self.retries.next() => self.ready.push_back(key),
+                Some(name) = self.retries.next() => {
+                    if let Some(key) = self.keys.get_mut(&name) {
+                        key.waits = false;
+                    }
+                    self.ready.push_back(name);
+                }
                 command = self.inbox.recv() => {
                     let Some(command) = command else { return };
                     self.obey(command);
@@ -152,10 +157,10 @@ impl Task {
                 }
                 key
             }
-            Command::Update { key, owner, value, answer } => {
+            Command::Update { key, owner, value, settle } => {
                 match self.keys.get_mut(&key).filter(|kept| kept.is_owner(&owner)) {
-                    Some(kept) => kept.update(value, answer),
-                    None => drop(answer.send(Err(super::over(&key, &owner)))),
+                    Some(kept) => kept.update(value, settle),
+                    None => settle(Err(super::over(&key, &owner))),
                 }
                 key
             }
@@ -276,7 +281,11 @@ impl Task {
             Next::Go => self.ready.push_back(name),
             Next::Forget => self.forget(&name),
             Next::Retry => {
-                let backoff = self.keys.get_mut(&name).and_then(|key| key.refused.as_mut());
+                let Some(key) = self.keys.get_mut(&name) else { return };
+                if std::mem::replace(&mut key.waits, true) {
+                    return;
+                }
+                let backoff = key.refused.as_mut();
                 let pause = backoff.map(|backoff| backoff.pause(&self.core.runtime)).unwrap_or_default();
                 self.retries.push(Box::pin(async move {
                     tokio::time::sleep(pause).await;

@@ -1,5 +1,7 @@
 //! A write whose first request has no answer and whose next is refused: it says what became of it.
 
+use std::time::Duration;
+
 use etcd_client::{Txn, TxnOp};
 use etcd_recipes::service::Instance;
 use etcd_recipes::{ConfigCache, Error, Queue, Result};
@@ -216,6 +218,35 @@ async fn after_a_refused_update_the_last_good_state_comes_back() {
     .await;
 }
 
+/// However often it is updated meanwhile.
+#[tokio::test]
+async fn a_registration_that_is_refused_comes_back_at_one_pace() {
+    scoped(async |scope| {
+        let rig = Rig::new(scope, "service").await;
+        let services = services(scope, &rig.session);
+        let registration =
+            services.register(Instance::new("courseware", "127.0.0.1:8400").id("a")).await.unwrap();
+        let refused =
+            rig.faults.on("Txn").containing("courseware/a").always().inject(Fault::FailWith(denied()));
+        remove(scope, &scope.key("courseware/a")).await;
+        refused.hit(1).await;
+        for weight in 0..30 {
+            let updated = registration.update(|instance| instance.weight = weight).await;
+            assert!(matches!(updated, Err(Error::PermissionDenied { .. })), "{updated:?}");
+        }
+        let before = refused.hits();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let tries = refused.hits() - before;
+        assert!((1..20).contains(&tries), "tried {tries} times in 2 s");
+        rig.faults.clear();
+        let back = async || scope.keys().await.contains(&scope.key("courseware/a"));
+        eventually(PATIENCE, "it is back", back).await;
+        registration.deregister().await.unwrap();
+        rig.close().await;
+    })
+    .await;
+}
+
 /// Three at once, of which two are written as one.
 #[tokio::test]
 async fn an_update_that_is_refused_does_not_concern_those_before_it() {
@@ -227,13 +258,12 @@ async fn an_update_that_is_refused_does_not_concern_those_before_it() {
         let arm = || rig.faults.on("Txn").containing("courseware/a");
         let refused = rig.faults.on("Txn").containing(VALUE).always().inject(Fault::FailWith(denied()));
         let first = arm().inject(Fault::Hold(Until::Released));
-        let one = registration.update(|instance| instance.weight = 2);
+        let mut one = Box::pin(registration.update(|instance| instance.weight = 2));
+        assert!(futures::poll!(&mut one).is_pending());
+        first.hit(1).await;
         let two = registration.update(|instance| instance.tags.push("blue".into()));
         let three = registration.update(|instance| instance.version = VALUE.into());
-        let release = async {
-            first.hit(1).await;
-            first.release();
-        };
+        let release = async { first.release() };
         let (one, two, three, ()) = tokio::join!(one, two, three, release);
         assert!(one.is_ok() && two.is_ok(), "{one:?} {two:?}");
         assert!(matches!(three, Err(Error::PermissionDenied { .. })), "{three:?}");
