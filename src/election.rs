@@ -293,7 +293,7 @@ impl Leadership {
     ///
     /// [`Error::Lost`] when it was lost before this call. When etcd refuses, most likely with
     /// [`Error::PermissionDenied`], the leadership is still there: the session goes on trying in the background until the
-    /// lease is over.
+    /// lease is over. [`Error::Closed`] when the runtime of the session has ended.
     ///
     /// # Cancel safety
     ///

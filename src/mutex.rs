@@ -228,7 +228,8 @@ impl MutexGuard {
     ///
     /// [`Error::Lost`](crate::Error::Lost) when the lock was lost before this call. When etcd refuses the release, most
     /// likely with [`Error::PermissionDenied`](crate::Error::PermissionDenied), the lock is still taken: the session
-    /// goes on trying in the background until the lease is over.
+    /// goes on trying in the background until the lease is over. [`Error::Closed`](crate::Error::Closed) when the runtime
+    /// of the session has ended.
     ///
     /// # Cancel safety
     ///

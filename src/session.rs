@@ -168,8 +168,9 @@ impl Session {
 
     /// Begins a session on a client that the caller made, with the defaults of [`SessionBuilder`].
     ///
-    /// The client's own options apply. Two guards of this crate need connections of its own and are missing then:
-    /// keepalives that cannot be delayed by other traffic, and the choice of another member when one does not answer.
+    /// The client's own options apply. Three guards of this crate need connections of its own and are missing then:
+    /// keepalives that cannot be delayed by other traffic, the choice of another member when one does not answer, and
+    /// room for more while large answers wait for callers that do not take them.
     ///
     /// # Errors
     ///

@@ -205,10 +205,12 @@ impl Followers {
             return;
         }
         while let Some(problem) = list.problems.pop_front() {
-            list.on_problem.retain(|(alive, _)| alive.strong_count() > 0);
-            let calls: Vec<_> = list.on_problem.iter().map(|(_, call)| call.clone()).collect();
+            let handlers = std::mem::take(&mut list.on_problem).into_iter();
+            let (alive, over): (Vec<_>, Vec<_>) = handlers.partition(|(alive, _)| alive.strong_count() > 0);
+            list.on_problem.clone_from(&alive);
             drop(list);
-            for call in calls {
+            drop(over);
+            for (_, call) in alive {
                 let mut call = call.lock().unwrap_or_else(PoisonError::into_inner);
                 let _ = catch_unwind(AssertUnwindSafe(|| call(&problem)));
             }

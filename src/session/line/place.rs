@@ -171,12 +171,7 @@ impl Drop for Place {
 
 impl Held {
     /// Deletes the key and hands over to the next contender of this session. Tells whether the place was held until
-    /// then.
-    ///
-    /// # Cancel safety
-    ///
-    /// When dropped before etcd has answered, the key is deleted in the background, and the next contender looks for
-    /// itself.
+    /// then. To be run to its end in the session; what etcd refuses is tried further after that.
     async fn leave(self, core: &Core) -> Result<bool> {
         let Self { mut hold, monitor, leaving, follows } = self;
         let (Some(key), Some(membership)) = (&mut hold.key, &hold.membership) else { return Ok(false) };
