@@ -64,10 +64,11 @@ pub(crate) async fn revoke_lease(cast: &mut Cast) -> Result<()> {
     ensure!(!guard.is_held(), "the guard outlived its lease");
     see("her guard is lost, for ever");
 
-    tell("The session takes a new lease by itself: its second generation.");
+    tell("The session takes a new lease by itself: its next generation.");
     let mut state = cast.alice.watch_state();
+    let renewed = || cast.alice.lease_id().is_some_and(|lease| lease != old);
     state
-        .wait_for(|state| *state == SessionState::Connected { generation: 2 })
+        .wait_for(|state| matches!(state, SessionState::Connected { .. }) && renewed())
         .await
         .context("no new lease")?;
     ensure!(lease(&cast.alice)? != old && !guard.is_held(), "the old generation came back");
