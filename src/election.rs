@@ -262,7 +262,8 @@ impl Leadership {
     /// # Errors
     ///
     /// [`Error::Lost`] when this process does not lead any more; [`Error::TooLarge`]; [`Error::OutcomeUnknown`] when the
-    /// leadership ended before etcd answered; otherwise as etcd says.
+    /// leadership ended before etcd answered; [`Error::Closed`] when the runtime of the session has ended; otherwise as
+    /// etcd says.
     ///
     /// # Cancel safety
     ///

@@ -40,7 +40,6 @@ struct Instances {
     written: Arc<Instance>,
     /// Those that are being written, by number.
     under_way: BTreeMap<u64, Arc<Instance>>,
-    number: u64,
 }
 
 /// An update that is being written. Undone when it is dropped.
@@ -102,7 +101,7 @@ impl Registration {
     pub(super) async fn new(session: &Session, format: Arc<dyn Format>, instance: Instance) -> Result<Self> {
         let Written { prefix, key, value } = Written::new(&*format, session, &instance)?;
         let key = session.core().keep(prefix, key, value).await?;
-        let instances = Instances { written: Arc::new(instance), under_way: BTreeMap::new(), number: 0 };
+        let instances = Instances { written: Arc::new(instance), under_way: BTreeMap::new() };
         let (instances, changing) = (Arc::new(Mutex::new(instances)), Mutex::default());
         Ok(Self { format, key, instances, changing, session: session.clone() })
     }
@@ -145,6 +144,7 @@ impl Registration {
     /// # Errors
     ///
     /// [`Error::Superseded`] when somebody else has registered the same id; [`Error::Lost`] when it was deregistered;
+    /// [`Error::Closed`] when the session is closed;
     /// [`Error::InvalidInstance`] when the change
     /// would move it to another key or cannot be written; otherwise as etcd says: the last good state stays then.
     ///
@@ -241,8 +241,7 @@ impl Instances {
 impl Update {
     fn new(instances: &Arc<Mutex<Instances>>, instance: Instance) -> Self {
         let mut now = lock(instances);
-        now.number += 1;
-        let number = now.number;
+        let number = now.under_way.last_key_value().map_or(0, |(newest, _)| newest + 1);
         now.under_way.insert(number, Arc::new(instance));
         Self { instances: instances.clone(), number }
     }
